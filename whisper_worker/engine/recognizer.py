@@ -92,6 +92,10 @@ class Recognizer(Protocol):
     info: ModelInfo
     tokenizer: Tokenizer
 
+    def default_batch_size(self) -> int:
+        """Windows that may be decoded side by side in the memory now free, at least 1."""
+        ...
+
     def encode(self, mels: Sequence[torch.Tensor]) -> list[Any]:
         """Encoder states of the windows, one opaque value each.
 

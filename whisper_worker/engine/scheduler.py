@@ -1,0 +1,250 @@
+"""One owner of the model; jobs from any thread hand in windows and get them back.
+
+A single thread runs the recognizer. Each turn it picks the most urgent kind of work, fills
+a batch from all jobs that have such work, and runs it. Inside a priority class the job that
+has been served least (in audio seconds) goes first, so a short file behind a long one waits
+for a batch or two and not for the long one's end.
+
+Errors stay with the window that caused them: a batch that fails is run again in halves,
+after an out-of-memory error with a lower batch size from then on.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+from whisper_worker.engine.recognizer import DecodingOptions, DecodingRow, Recognizer
+from whisper_worker.errors import Busy, Cancelled, EngineError, OutOfMemory, WhisperWorkerError
+from whisper_worker.log import get_logger
+from whisper_worker.types import CancelToken
+
+if TYPE_CHECKING:
+    import torch
+
+_log = get_logger("scheduler")
+
+
+class Priority(IntEnum):
+    """Lower goes first: what a person is waiting to see as final never waits for drafts or bulk."""
+
+    LIVE_FINAL = 0
+    LIVE_PARTIAL = 1
+    INTERACTIVE = 2
+    BULK = 3
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One window's turn at the model, of one of three kinds.
+
+    ``options`` None: detect the language; the result is ``dict[str, float]``.
+    ``tokens`` None: decode; the result is a :class:`DecodingResult`.
+    Else: attention of the alignment heads for these text tokens, as
+    :meth:`Recognizer.cross_attention` gives it.
+
+    ``state`` is filled by the first kind of work that needs the encoder, and reused.
+    """
+
+    key: Any
+    """The caller's own name for it."""
+    mel: Callable[[], torch.Tensor]
+    """Features, computed when the batch is formed: waiting windows cost no memory."""
+    seconds: float
+    options: DecodingOptions | None = None
+    tokens: tuple[int, ...] | None = None
+    language: str | None = None
+    prompt: tuple[int, ...] = ()
+    prefix: tuple[int, ...] = ()
+    state: Any = None
+    result: Any = None
+    error: WhisperWorkerError | None = None
+
+    def batch_key(self) -> tuple[object, ...]:
+        """Work with equal keys may share a batch."""
+        return (self.options, self.tokens is not None, len(self.prompt), len(self.prefix))
+
+    def row(self) -> DecodingRow:
+        return DecodingRow(self.state, self.language, self.prompt, self.prefix, self.seconds)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A caller's handle: submit work, get it back as it is done, close."""
+
+    _scheduler: Scheduler
+    priority: Priority
+    cancel: CancelToken
+    _waiting: deque[Work] = field(default_factory=deque)
+    _done: queue.SimpleQueue[Work] = field(default_factory=queue.SimpleQueue)
+    _served: float = 0.0
+
+    def submit(self, work: Work) -> None:
+        self._scheduler.submit(self, work)
+
+    def next_done(self) -> Work:
+        """Wait for the next finished work, in whatever order it finished.
+
+        Raises :class:`Cancelled` soon after the job's token was cancelled, or the error that
+        the work failed with.
+        """
+        while True:
+            self.cancel.check()
+            try:
+                work = self._done.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if work.error is not None:
+                raise work.error
+            return work
+
+    def close(self) -> None:
+        """Withdraw whatever still waits."""
+        self._scheduler.forget(self)
+
+
+class Scheduler:
+    """See the module's text. ``batch_size`` 0 lets the recognizer size batches from free memory."""
+
+    def __init__(self, recognizer: Recognizer, batch_size: int = 0) -> None:
+        self._recognizer = recognizer
+        self._limit = batch_size or recognizer.default_batch_size()
+        self._jobs: list[Job] = []
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def batch_size(self) -> int:
+        """Upper bound in force; out-of-memory errors lower it for good."""
+        return self._limit
+
+    def open(self, priority: Priority = Priority.BULK, cancel: CancelToken | None = None) -> Job:
+        return Job(self, priority, cancel or CancelToken())
+
+    def submit(self, job: Job, work: Work) -> None:
+        with self._wake:
+            if self._closed:
+                raise Busy("The worker is shutting down; send the job again.")
+            if job not in self._jobs:
+                # A newcomer starts level with the least served, or it would be owed all of the past.
+                job._served = max(job._served, min((other._served for other in self._jobs), default=0.0))
+                self._jobs.append(job)
+            job._waiting.append(work)
+            self._wake.notify()
+
+    def forget(self, job: Job) -> None:
+        with self._wake:
+            job._waiting.clear()
+            if job in self._jobs:
+                self._jobs.remove(job)
+
+    def close(self) -> None:
+        """Stop after the batch in hand. Work still waiting is failed as Busy."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._closed and not any(job._waiting for job in self._jobs):
+                    self._wake.wait()
+                if self._closed:
+                    for job in self._jobs:
+                        while job._waiting:
+                            self._fail(job, job._waiting.popleft(), Busy("The worker is shutting down; send it again."))
+                    return
+                batch = self._pick()
+            if batch:
+                self._execute(batch)
+
+    def _pick(self) -> list[tuple[Job, Work]]:
+        """Fill a batch: most urgent class, least served job first, one window of a job at a time."""
+        for job in self._jobs:
+            if job.cancel.cancelled:
+                while job._waiting:
+                    self._fail(job, job._waiting.popleft(), Cancelled("The job was cancelled."))
+        ready = [job for job in self._jobs if job._waiting]
+        batch: list[tuple[Job, Work]] = []
+        key: tuple[object, ...] | None = None
+        while ready and len(batch) < self._limit:
+            job = min(ready, key=lambda candidate: (candidate.priority, candidate._served))
+            work = self._take(job, key)
+            if work is None:
+                ready.remove(job)
+                continue
+            key = work.batch_key()
+            job._served += work.seconds
+            batch.append((job, work))
+        return batch
+
+    @staticmethod
+    def _take(job: Job, key: tuple[object, ...] | None) -> Work | None:
+        """The job's first waiting work that may join the batch."""
+        for work in job._waiting:
+            if key is None or work.batch_key() == key:
+                job._waiting.remove(work)
+                return work
+        return None
+
+    @staticmethod
+    def _fail(job: Job, work: Work, error: WhisperWorkerError) -> None:
+        work.error = error
+        job._done.put(work)
+
+    def _execute(self, batch: list[tuple[Job, Work]]) -> None:
+        try:
+            self._recognize(batch)
+        except OutOfMemory as error:
+            if len(batch) == 1:
+                self._fail(*batch[0], error)
+                return
+            self._limit = max(1, min(self._limit, len(batch)) // 2)
+            _log.warning("Out of memory; batch size lowered", extra={"fields": {"batch_size": self._limit}})
+            self._halves(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                wrapped = error if isinstance(error, WhisperWorkerError) else _wrap(error)
+                self._fail(*batch[0], wrapped)
+                return
+            self._halves(batch)
+        else:
+            for job, work in batch:
+                job._done.put(work)
+
+    def _halves(self, batch: list[tuple[Job, Work]]) -> None:
+        middle = (len(batch) + 1) // 2
+        for half in (batch[:middle], batch[middle:]):
+            self._execute(half)
+
+    def _recognize(self, batch: list[tuple[Job, Work]]) -> None:
+        recognizer = self._recognizer
+        works = [work for _, work in batch]
+        missing = [work for work in works if work.state is None]
+        if missing:
+            for work, state in zip(missing, recognizer.encode([work.mel() for work in missing]), strict=True):
+                work.state = state
+        options = works[0].options
+        results: list[Any]
+        if options is None:
+            results = list(recognizer.detect_language([work.state for work in works]))
+        elif works[0].tokens is None:
+            results = list(recognizer.decode([work.row() for work in works], options, [job.cancel for job, _ in batch]))
+        else:
+            tokens = [work.tokens or () for work in works]
+            results = list(recognizer.cross_attention([work.row() for work in works], tokens, options))
+        for work, result in zip(works, results, strict=True):
+            work.result = result
+
+
+def _wrap(error: Exception) -> EngineError:
+    _log.error("The forward pass failed", extra={"fields": {"error": type(error).__name__}})
+    return EngineError("The model failed on this audio; try again, and report it if it fails again.")
