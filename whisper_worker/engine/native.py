@@ -1,0 +1,150 @@
+"""The project's own recognizer: its forward pass (model.py) and token loop (decoding.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from whisper_worker.engine.decoding import decode_batch, initial_tokens
+from whisper_worker.engine.recognizer import DecodingOptions, DecodingResult, DecodingRow, ModelInfo
+from whisper_worker.errors import OutOfMemory
+from whisper_worker.metrics import available_memory_bytes
+from whisper_worker.types import CancelToken
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from whisper_worker.engine.model import WhisperModel
+    from whisper_worker.engine.tokenizer import Tokenizer
+
+_CPU_BATCH = 16
+"""On a CPU more rows no longer make a step cheaper by row, and they cost memory."""
+
+
+class NativeRecognizer:
+    """See :class:`whisper_worker.engine.recognizer.Recognizer`."""
+
+    def __init__(self, model: WhisperModel, tokenizer: Tokenizer, name: str, revision: str | None) -> None:
+        self.tokenizer = tokenizer
+        self._model = model
+        device = model.device
+        self.info = ModelInfo(
+            name=name,
+            revision=revision,
+            n_mels=model.dims.n_mels,
+            is_multilingual=tokenizer.is_multilingual,
+            max_target_positions=model.dims.n_text_ctx,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            compute_type=model.compute_type,
+            engine="native",
+        )
+
+    @classmethod
+    def load(
+        cls,
+        model_dir: Path,
+        tokenizer: Tokenizer,
+        name: str,
+        revision: str | None,
+        compute_type: str,
+        device: str,
+        threads: int,
+    ) -> NativeRecognizer:
+        """Raises :class:`ModelError` for a damaged checkpoint or a device that is not there."""
+        from whisper_worker.engine import weights
+
+        if threads:
+            torch.set_num_threads(threads)
+        return cls(weights.load(model_dir, compute_type, device), tokenizer, name, revision)
+
+    def default_batch_size(self) -> int:
+        dims = self._model.dims
+        heads = dims.n_text_layer * dims.n_text_state * 2
+        # Half precision: keys and values of 1500 positions, and of the tokens of one window.
+        row_bytes = 2 * heads * (dims.n_audio_ctx + dims.n_text_ctx)
+        if self._model.device.type == "cuda":
+            free = 0.9 * torch.cuda.mem_get_info(self._model.device)[0]
+            return max(1, int(free / row_bytes))
+        return max(1, min(_CPU_BATCH, int(0.5 * available_memory_bytes() / row_bytes)))
+
+    def encode(self, mels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        with _out_of_memory():
+            return self._model.encode(mels)
+
+    @torch.inference_mode()
+    def detect_language(self, states: Sequence[torch.Tensor]) -> list[dict[str, float]]:
+        if not self.tokenizer.is_multilingual:
+            return [{"en": 1.0} for _ in states]
+        with _out_of_memory():
+            state = self._model.new_state(states, 1, 1)
+            sot = torch.full((len(states), 1), self.tokenizer.sot, device=self._model.device)
+            logits = state.step(sot)[:, -1]
+        ids = torch.tensor(self.tokenizer.language_ids, device=logits.device)
+        probabilities = torch.softmax(logits[:, ids], dim=-1).tolist()
+        return [dict(zip(self.tokenizer.languages, row, strict=True)) for row in probabilities]
+
+    def decode(
+        self,
+        rows: Sequence[DecodingRow],
+        options: DecodingOptions,
+        cancel: Sequence[CancelToken | None] = (),
+    ) -> list[DecodingResult]:
+        with _out_of_memory():
+            return decode_batch(self._model, self.tokenizer, rows, options, cancel)
+
+    @torch.inference_mode()
+    def cross_attention(
+        self, rows: Sequence[DecodingRow], tokens: Sequence[Sequence[int]], options: DecodingOptions
+    ) -> list[tuple[torch.Tensor, list[float]]]:
+        dims = self._model.dims
+        heads = self.tokenizer.alignment_heads or tuple(
+            # openai/whisper's default where a checkpoint names none: the upper half of the decoder.
+            (layer, head)
+            for layer in range(dims.n_text_layer // 2, dims.n_text_layer)
+            for head in range(dims.n_text_head)
+        )
+        prefixes = [
+            initial_tokens(
+                self.tokenizer, DecodingRow(None, row.language), _without_timestamps(options), dims.n_text_ctx
+            )
+            for row in rows
+        ]
+        n_prefix = len(prefixes[0])
+        length = n_prefix + max(len(sequence) for sequence in tokens)
+        padded = torch.full((len(rows), length), self.tokenizer.eot)
+        for place, (prefix, sequence) in enumerate(zip(prefixes, tokens, strict=True)):
+            padded[place, : n_prefix + len(sequence)] = torch.tensor([*prefix, *sequence])
+        with _out_of_memory():
+            attention, logits = self._model.cross_attention(
+                [row.state for row in rows], padded.to(self._model.device), heads
+            )
+        results = []
+        for place, sequence in enumerate(tokens):
+            first, stop = n_prefix - 1, n_prefix - 1 + len(sequence)
+            n_positions = rows[place].state.shape[0]
+            logprobs = torch.log_softmax(logits[place, first:stop, : self.tokenizer.eot].float(), dim=-1)
+            chosen = torch.tensor(list(sequence), device=logprobs.device, dtype=torch.long)
+            probabilities: list[float] = logprobs.gather(1, chosen[:, None])[:, 0].exp().tolist()
+            results.append((attention[place, :, first : stop + 1, :n_positions], probabilities))
+        return results
+
+
+def _without_timestamps(options: DecodingOptions) -> DecodingOptions:
+    return DecodingOptions(task=options.task, without_timestamps=True)
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    """torch tells a full CPU by RuntimeError or MemoryError, a full card by its own type."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory("There is not enough memory for this batch; lower MODEL_BATCH_SIZE.") from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+            raise OutOfMemory("There is not enough memory for this batch; lower MODEL_BATCH_SIZE.") from error
+        raise

@@ -1,0 +1,560 @@
+"""Read this first: a waveform becomes a transcript.
+
+    waveform ─ voice detector ─▶ spans ─ windows.py ─▶ windows ─ features.py ─▶ mel
+                                                                                 │
+    segments ◀─ timestamps.py ─ tokens ◀─ quality.py judges ◀─ scheduler.py ◀────┘
+
+A job runs in its caller's thread: it cuts the waveform, hands windows to the scheduler and
+takes the decoded ones back in whatever order they are done. A window that fails its checks
+goes back for the next attempt with its encoder state kept; the rest of a window that was
+not read to its end goes back as a new window.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from whisper_worker.audio.vad import SpeechSpan, VoiceDetector, speech_spans
+from whisper_worker.audio.windows import PAD_SECONDS, Window, plan_windows
+from whisper_worker.engine import quality
+from whisper_worker.engine.quality import Attempt, Verdict
+from whisper_worker.engine.recognizer import DecodingOptions, ModelInfo
+from whisper_worker.engine.scheduler import Job, Priority, Scheduler, Work
+from whisper_worker.engine.timestamps import Piece, clip_to_speech, cut_pieces, token_times, words_of
+from whisper_worker.errors import InvalidInput
+from whisper_worker.types import SAMPLE_RATE, CancelToken, Progress, Segment, TranscribeOptions, Word
+
+if TYPE_CHECKING:
+    import torch
+
+    from whisper_worker.engine.tokenizer import Tokenizer
+
+DOUBT_THRESHOLD = 0.15
+"""Sound that the voice detector gives at least this probability is decoded, though held to stricter guards."""
+
+_DETECT_WINDOWS = 4
+"""Windows, spread over the file, that vote on its language."""
+
+_REST_SECONDS = (0.3, 1.0)
+"""Speech that must follow the last timestamp for the rest to be decoded: after a piece the model had
+begun and not finished, and after one that it closed (its closing time may be a little early)."""
+
+_PAUSE_SECONDS = 1.0
+"""A pause this long between two words ends a segment, where word times are known."""
+
+_GAP_SECONDS = 1.0
+"""Least length of detected speech without text that the receipt reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineResult:
+    """The transcript's substance with what the receipt wants to know."""
+
+    segments: tuple[Segment, ...]
+    language: str | None
+    language_probability: float | None
+    speech_seconds: float
+    transcribed_seconds: float
+    gaps: tuple[tuple[float, float], ...]
+    windows: int
+    retried_windows: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A window on its way: what was tried, and what was kept."""
+
+    window: Window
+    language: str | None
+    work: Work | None = None
+    tried: list[Attempt] = field(default_factory=list)
+    kept: Attempt | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    flags: set[str] = field(default_factory=set)
+    with_prompt: bool = True
+    probabilities: dict[str, float] = field(default_factory=dict)
+
+
+class Pipeline:
+    """Turns waveforms into segments with one scheduler's model. Thread-safe: a call is a job."""
+
+    def __init__(self, info: ModelInfo, tokenizer: Tokenizer, scheduler: Scheduler, detector: VoiceDetector) -> None:
+        self.info = info
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler
+        self.detector = detector
+
+    def transcribe(
+        self,
+        waveform: np.ndarray,
+        options: TranscribeOptions,
+        *,
+        cancel: CancelToken | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_segment: Callable[[Segment], None] | None = None,
+        priority: Priority = Priority.BULK,
+    ) -> PipelineResult:
+        """Transcribe int16 mono samples at 16 kHz.
+
+        ``on_segment`` gets each segment once, in order, as soon as nothing before it is
+        pending. Raises :class:`InvalidInput` for options that this model cannot honour,
+        :class:`Cancelled`, or what the model failed with.
+        """
+        cancel = cancel or CancelToken()
+        job = self.scheduler.open(priority, cancel)
+        try:
+            return _Run(self, job, waveform, options, on_progress, on_segment).run()
+        finally:
+            job.close()
+
+
+class _Run:
+    """One job's state."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        job: Job,
+        waveform: np.ndarray,
+        options: TranscribeOptions,
+        on_progress: Callable[[Progress], None] | None,
+        on_segment: Callable[[Segment], None] | None,
+    ) -> None:
+        self.tokenizer = pipeline.tokenizer
+        self.info = pipeline.info
+        self.detector = pipeline.detector
+        self.job = job
+        self.waveform = waveform
+        self.options = options
+        self.on_progress = on_progress
+        self.on_segment = on_segment
+        self.warnings: list[str] = []
+        self.attempts = quality.ladder(options, self._suppressed())
+        self.prompt_text = " ".join(text for text in (options.hotwords, options.initial_prompt) if text) or None
+        self.prompt = tuple(self.tokenizer.encode(" " + self.prompt_text.strip())) if self.prompt_text else ()
+        self.prefix = tuple(self.tokenizer.encode(" " + options.prefix.strip())) if options.prefix else ()
+        self.outstanding: list[_Pending] = []
+        self.waiting_segments: list[tuple[int, list[Segment]]] = []
+        self.segments: list[Segment] = []
+        self.retried = 0
+        self.n_windows = 0
+
+    def run(self) -> PipelineResult:
+        options = self.options
+        if options.task == "translate" and not self.info.is_multilingual:
+            raise InvalidInput("The loaded model is English-only and cannot translate; load a multilingual one.")
+        if options.language not in (None, "en") and not self.info.is_multilingual:
+            raise InvalidInput("The loaded model knows English only; load a multilingual one or leave language out.")
+        self.spans, windows = self._cut()
+        self.times = [(span.start / SAMPLE_RATE, span.end / SAMPLE_RATE) for span in self.spans]
+        self.total_seconds = sum(window.seconds for window in windows)
+        self.done_seconds = 0.0
+        pending = [_Pending(window, options.language) for window in windows]
+        self.n_windows = len(pending)
+        language, probability = self._settle_language(pending)
+        if options.condition_on_previous_text:
+            self._one_after_another(pending)
+        else:
+            # Rows of like length waste least; a caller who listens wants them in order instead.
+            order = pending if self.on_segment else sorted(pending, key=lambda one: -one.window.seconds)
+            self.outstanding.extend(pending)
+            for one in order:
+                self._submit(one)
+            while self.outstanding:
+                self._handle(self.job.next_done())
+        return self._result(language, probability)
+
+    # -- cutting ---------------------------------------------------------------------------
+
+    def _cut(self) -> tuple[tuple[SpeechSpan, ...], tuple[Window, ...]]:
+        """Spans to decode (speech, doubtful speech too) and the windows over them."""
+        from whisper_worker.engine.features import log_mel_peak
+
+        n = len(self.waveform)
+        if n == 0:
+            return (), ()
+        probabilities = self.detector.probabilities(self.waveform)
+        clips = self._clips(n)
+        if self.options.vad:
+            threshold = self.options.vad_threshold
+            sure = _within(speech_spans(probabilities, n, threshold=threshold), clips)
+            spans = _within(speech_spans(probabilities, n, threshold=min(threshold, DOUBT_THRESHOLD)), clips)
+        else:
+            sure = spans = clips
+        windows = plan_windows(spans, probabilities, n, sure=sure)
+        self.peak = log_mel_peak(self.waveform, self.info.n_mels) if windows else 0.0
+        return spans, windows
+
+    def _clips(self, n_samples: int) -> tuple[SpeechSpan, ...]:
+        """The parts that ``clip_timestamps`` asks for; all of it by default."""
+        times = self.options.clip_timestamps
+        if not times:
+            return (SpeechSpan(0, n_samples),)
+        bounds = [min(n_samples, max(0, round(time * SAMPLE_RATE))) for time in times]
+        if len(bounds) % 2:
+            bounds.append(n_samples)
+        if any(second < first for first, second in itertools.pairwise(bounds)):
+            raise InvalidInput("clip_timestamps must rise: start, end, start, end, in seconds.")
+        return tuple(SpeechSpan(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=True) if b > a)
+
+    # -- language --------------------------------------------------------------------------
+
+    def _settle_language(self, pending: Sequence[_Pending]) -> tuple[str | None, float | None]:
+        """Give each window its language; the file's language with its probability."""
+        options = self.options
+        if not self.info.is_multilingual:
+            for one in pending:
+                one.language = "en"
+            return "en", 1.0
+        if options.language is not None and not options.multilingual:
+            return options.language, 1.0
+        if not pending:
+            return options.language, None
+        asked = list(pending) if options.multilingual else _spread(pending, _DETECT_WINDOWS)
+        for one in asked:
+            one.work = self._work(one, None)
+            self.job.submit(one.work)
+        for _ in asked:
+            work = self.job.next_done()
+            work.key.probabilities = self._allowed(work.result)
+        votes: dict[str, float] = {}
+        total = sum(one.window.seconds for one in asked)
+        for one in asked:
+            for code, share in one.probabilities.items():
+                votes[code] = votes.get(code, 0.0) + share * one.window.seconds / total
+        language = max(votes, key=votes.__getitem__)
+        for one in pending:
+            own = max(one.probabilities, key=one.probabilities.__getitem__) if one.probabilities else language
+            one.language = own if options.multilingual else language
+        return language, round(votes[language], 4)
+
+    def _allowed(self, probabilities: dict[str, float]) -> dict[str, float]:
+        """Probabilities within the allow-list, scaled to sum to 1."""
+        allowed = set(self.options.languages) & set(probabilities) or set(probabilities)
+        total = sum(probabilities[code] for code in allowed) or 1.0
+        return {code: probabilities[code] / total for code in allowed}
+
+    # -- decoding --------------------------------------------------------------------------
+
+    def _suppressed(self) -> tuple[int, ...]:
+        """Token ids of ``suppress_tokens``, -1 standing for the non-speech symbols."""
+        try:
+            ids = [int(part) for part in self.options.suppress_tokens.split(",") if part.strip()]
+        except ValueError:
+            raise InvalidInput("suppress_tokens must be token ids separated by commas, such as -1 or 50,257.") from None
+        if any(not -1 <= token < self.tokenizer.timestamp_begin for token in ids):
+            raise InvalidInput("suppress_tokens holds an id that is no text token of this model.")
+        plain = {token for token in ids if token >= 0}
+        return tuple(sorted(plain.union(self.tokenizer.non_speech_tokens) if -1 in ids else plain))
+
+    def _work(self, one: _Pending, options: DecodingOptions | None, tokens: tuple[int, ...] | None = None) -> Work:
+        window = one.window
+        return Work(
+            key=one,
+            mel=lambda: self._mel(window),
+            seconds=window.seconds,
+            options=options,
+            tokens=tokens,
+            language=one.language,
+            prompt=self.prompt if options and one.with_prompt and tokens is None else (),
+            prefix=self.prefix if options and tokens is None and window.start == self._first_start else (),
+            state=one.work.state if one.work else None,
+        )
+
+    @property
+    def _first_start(self) -> int:
+        return 0 if not self.prefix else min((one.window.start for one in self.outstanding), default=0)
+
+    def _mel(self, window: Window) -> torch.Tensor:
+        from whisper_worker.engine.features import log_mel
+
+        return log_mel(self.waveform, self.info.n_mels, window.start, window.stop, peak=self.peak)
+
+    def _submit(self, one: _Pending) -> None:
+        one.work = self._work(one, self.attempts[len(one.tried)])
+        self.job.submit(one.work)
+
+    def _one_after_another(self, pending: Sequence[_Pending]) -> None:
+        """``condition_on_previous_text``: each window is prompted with the text before it, so none can share
+        a batch with another window of this job. The text of a hot decode is not passed on."""
+        queue = list(pending)
+        given = self.prompt
+        while queue:
+            one = queue.pop(0)
+            self.outstanding.append(one)
+            self._submit(one)
+            while self.outstanding:
+                self._handle(self.job.next_done())
+            kept = one.kept
+            if kept is None:
+                continue
+            said = tuple(token for piece in one.pieces for token in piece.tokens if token < self.tokenizer.eot)
+            self.prompt = given if kept.result.temperature > 0.5 else (*given, *said)[-223:]
+        self.prompt = given
+
+    def _handle(self, work: Work) -> None:
+        """Take one finished piece of work a step further."""
+        one: _Pending = work.key
+        if work.tokens is not None:
+            self._complete(one, self._with_words(one, *work.result))
+            return
+        text = self.tokenizer.decode(work.result.tokens).strip()
+        one.tried.append(quality.attempt(work.result, text))
+        verdict = quality.judge(one.tried, self.options, doubtful=one.window.doubtful)
+        if verdict is Verdict.RETRY and len(one.tried) < len(self.attempts):
+            if len(one.tried) == 1:
+                self.retried += 1
+            self._submit(one)
+            return
+        if verdict is Verdict.SILENCE:
+            self._complete(one, [])
+            return
+        kept = one.tried[-1] if verdict is Verdict.ACCEPT else quality.best(one.tried, self.options)
+        if one.with_prompt and quality.is_prompt_echo(kept.text, self.prompt_text):
+            # Was it said, or is it the prompt read back? Without the prompt only the first can happen.
+            one.with_prompt = False
+            one.tried.clear()
+            self._submit(one)
+            return
+        one.kept = kept
+        self._flag(one, kept, failed=verdict is Verdict.RETRY)
+        one.pieces, read = self._pieces(one, kept)
+        self._queue_rest(one, kept, read)
+        tokens = tuple(token for piece in one.pieces for token in piece.tokens if token < self.tokenizer.eot)
+        if self.options.word_timestamps and tokens:
+            aligned = self._work(one, DecodingOptions(task=self.options.task), tokens)
+            self.job.submit(aligned)
+        else:
+            self._complete(one, [self._segment(one, piece) for piece in one.pieces])
+
+    def _flag(self, one: _Pending, kept: Attempt, *, failed: bool) -> None:
+        options = self.options
+        if len(one.tried) > 1:
+            one.flags.add("fallback")
+        if not one.with_prompt and quality.is_prompt_echo(kept.text, self.prompt_text):
+            one.flags.add("prompt_echo")
+        if failed and options.logprob_threshold is not None and kept.result.avg_logprob < options.logprob_threshold:
+            one.flags.add("low_logprob")
+        limit = options.compression_ratio_threshold
+        if failed and limit is not None and kept.compression_ratio > limit:
+            one.flags.add("loop")
+
+    def _pieces(self, one: _Pending, kept: Attempt) -> tuple[list[Piece], float]:
+        seconds = one.window.seconds
+        if self.options.without_timestamps:
+            return ([Piece(0.0, seconds, kept.result.tokens)] if kept.text else []), seconds
+        pieces, read = cut_pieces(kept.result.tokens, self.tokenizer, seconds)
+        text_tokens = [token for token in kept.result.tokens if token < self.tokenizer.eot]
+        if quality.is_loop(text_tokens, self._speech_in(one.window.start, one.window.stop)):
+            one.flags.add("loop")
+        return [piece for piece in pieces if self.tokenizer.decode(piece.tokens).strip()], read
+
+    def _queue_rest(self, one: _Pending, kept: Attempt, read: float) -> None:
+        """Decode again what lies behind the last timestamp, if there is speech in it."""
+        window = one.window
+        start = window.start + round(read * SAMPLE_RATE)
+        unfinished = kept.result.tokens and not (
+            len(kept.result.tokens) > 1
+            and kept.result.tokens[-1] >= self.tokenizer.timestamp_begin > kept.result.tokens[-2]
+        )
+        least = _REST_SECONDS[0 if unfinished else 1]
+        if read <= 0 or not one.pieces or self._speech_in(start, window.stop) < least:
+            return
+        first = min((max(span.start, start) for span in self.spans if span.end > start), default=start)
+        start = max(start, first - round(PAD_SECONDS * SAMPLE_RATE))
+        rest = Window(start - start % 160, window.stop, window.doubtful)
+        if rest.start <= window.start:
+            return
+        again = _Pending(rest, one.language, with_prompt=one.with_prompt)
+        self.n_windows += 1
+        self.total_seconds += rest.seconds
+        self.outstanding.append(again)
+        self._submit(again)
+
+    def _speech_in(self, start: int, stop: int) -> float:
+        """Seconds of detected speech between two samples."""
+        return sum(max(0, min(span.end, stop) - max(span.start, start)) for span in self.spans) / SAMPLE_RATE
+
+    # -- segments --------------------------------------------------------------------------
+
+    def _segment(self, one: _Pending, piece: Piece, words: tuple[Word, ...] | None = None) -> Segment:
+        assert one.kept is not None
+        offset = one.window.start / SAMPLE_RATE
+        if words:
+            start, end = words[0].start, words[-1].end
+        else:
+            start, end = clip_to_speech(offset + piece.start, offset + piece.end, self.times)
+        flags = set(one.flags)
+        if not any(low < end and high > start for low, high in self.times):
+            flags.add("text_over_silence")
+        result = one.kept.result
+        return Segment(
+            id=0,
+            start=start,
+            end=end,
+            text=self.tokenizer.decode(piece.tokens),
+            avg_logprob=result.avg_logprob,
+            no_speech_prob=result.no_speech_prob,
+            compression_ratio=one.kept.compression_ratio,
+            temperature=result.temperature,
+            tokens=piece.tokens,
+            seek=one.window.start // 160,
+            language=one.language,
+            words=words,
+            flags=tuple(sorted(flags)),
+        )
+
+    def _with_words(self, one: _Pending, attention: torch.Tensor, probabilities: list[float]) -> list[Segment]:
+        """Word times for the window's pieces; a piece is split where its words pause."""
+        boundaries = token_times(attention)
+        offset = one.window.start / SAMPLE_RATE
+        segments: list[Segment] = []
+        place = 0
+        for piece in one.pieces:
+            tokens = [token for token in piece.tokens if token < self.tokenizer.eot]
+            stop = place + len(tokens)
+            timed = words_of(
+                tokens,
+                boundaries[place : stop + 1],
+                probabilities[place:stop],
+                self.tokenizer,
+                one.language,
+                self.options.prepend_punctuations,
+                self.options.append_punctuations,
+            )
+            place = stop
+            run: list[Word] = []
+            run_tokens: list[int] = []
+            taken = 0
+            for word, n_tokens in timed:
+                start, end = clip_to_speech(offset + word.start, offset + word.end, self.times)
+                if run:
+                    start = max(start, run[-1].end)
+                placed = replace(word, start=start, end=max(start, end))
+                if run and placed.start - run[-1].end >= _PAUSE_SECONDS:
+                    segments.append(self._segment(one, replace(piece, tokens=tuple(run_tokens)), tuple(run)))
+                    run, run_tokens = [], []
+                run.append(placed)
+                run_tokens.extend(tokens[taken : taken + n_tokens])
+                taken += n_tokens
+            if run:
+                whole = not taken or len(run_tokens) == len(tokens)
+                kept = piece if whole else replace(piece, tokens=tuple(run_tokens))
+                segments.append(self._segment(one, kept, tuple(run)))
+        return segments
+
+    def _complete(self, one: _Pending, segments: list[Segment]) -> None:
+        """Book a window as done and let go of all segments that nothing pending precedes."""
+        self.outstanding.remove(one)
+        if one.work is not None:
+            one.work.state = None
+        self.done_seconds += one.window.seconds
+        self.waiting_segments.append((one.window.start, self._drop_over_silence(segments)))
+        first_pending = min((other.window.start for other in self.outstanding), default=len(self.waveform) + 1)
+        ready = sorted((item for item in self.waiting_segments if item[0] < first_pending), key=lambda item: item[0])
+        self.waiting_segments = [item for item in self.waiting_segments if item[0] >= first_pending]
+        for _, group in ready:
+            for segment in group:
+                self._emit(segment)
+        if self.on_progress:
+            self.on_progress(Progress("recognize", round(self.done_seconds, 2), round(self.total_seconds, 2)))
+
+    def _drop_over_silence(self, segments: list[Segment]) -> list[Segment]:
+        """``hallucination_silence_threshold``: text inside a silence longer than this was not said."""
+        threshold = self.options.hallucination_silence_threshold
+        if threshold is None:
+            return segments
+        return [
+            segment
+            for segment in segments
+            if "text_over_silence" not in segment.flags or self._silence_around(segment) <= threshold
+        ]
+
+    def _silence_around(self, segment: Segment) -> float:
+        before = max((high for _, high in self.times if high <= segment.start), default=0.0)
+        after = min((low for low, _ in self.times if low >= segment.end), default=len(self.waveform) / SAMPLE_RATE)
+        return after - before
+
+    def _emit(self, segment: Segment) -> None:
+        """Number a segment, hold its times in order and inside the recording, and pass it on."""
+        duration = len(self.waveform) / SAMPLE_RATE
+        floor = self.segments[-1].end if self.segments else 0.0
+        words: list[Word] | None = None
+        if segment.words is not None:
+            words = []
+            for word in segment.words:
+                start = min(max(word.start, words[-1].end if words else floor), duration)
+                end = min(max(word.end, start), duration)
+                words.append(replace(word, start=round(start, 3), end=round(end, 3)))
+        start = min(max(segment.start, floor), duration)
+        end = min(max(segment.end, start), duration)
+        if words:
+            start, end = words[0].start, words[-1].end
+        done = replace(
+            segment,
+            id=len(self.segments),
+            start=round(start, 3),
+            end=round(end, 3),
+            words=tuple(words) if words is not None else None,
+        )
+        self.segments.append(done)
+        if self.on_segment:
+            self.on_segment(done)
+
+    def _result(self, language: str | None, probability: float | None) -> PipelineResult:
+        covered = [(segment.start, segment.end) for segment in self.segments]
+        speech = sum(high - low for low, high in self.times)
+        gaps = [
+            (round(low, 2), round(high, 2))
+            for low, high in _uncovered(self.times, covered)
+            if high - low >= _GAP_SECONDS
+        ]
+        missing = sum(high - low for low, high in _uncovered(self.times, covered))
+        return PipelineResult(
+            segments=tuple(self.segments),
+            language=language,
+            language_probability=probability,
+            speech_seconds=round(speech, 2),
+            transcribed_seconds=round(speech - missing, 2),
+            gaps=tuple(gaps),
+            windows=self.n_windows,
+            retried_windows=self.retried,
+            warnings=tuple(self.warnings),
+        )
+
+
+def _within(spans: Sequence[SpeechSpan], clips: Sequence[SpeechSpan]) -> tuple[SpeechSpan, ...]:
+    """The parts of ``spans`` that lie inside ``clips``."""
+    parts = (SpeechSpan(max(span.start, clip.start), min(span.end, clip.end)) for clip in clips for span in spans)
+    return tuple(part for part in parts if part.end > part.start)
+
+
+def _uncovered(
+    spans: Sequence[tuple[float, float]], covered: Sequence[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """What of ``spans`` no interval of ``covered`` (rising, disjoint) touches."""
+    left: list[tuple[float, float]] = []
+    for low, high in spans:
+        start = low
+        for first, last in covered:
+            if last <= start or first >= high:
+                continue
+            if first > start:
+                left.append((start, first))
+            start = max(start, last)
+        if start < high:
+            left.append((start, high))
+    return left
+
+
+def _spread(pending: Sequence[_Pending], n: int) -> list[_Pending]:
+    """The longest, surest window of each of ``n`` equal parts of the list."""
+    bounds = np.linspace(0, len(pending), min(n, len(pending)) + 1).round().astype(int)
+    parts = [pending[a:b] for a, b in itertools.pairwise(bounds) if b > a]
+    return [max(part, key=lambda one: (not one.window.doubtful, one.window.seconds)) for part in parts]

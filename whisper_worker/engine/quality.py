@@ -1,0 +1,134 @@
+"""Is this decode to be believed? The ladder of attempts and the guards against invented text."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from whisper_worker.engine.recognizer import DecodingOptions, DecodingResult
+from whisper_worker.types import TranscribeOptions
+
+_FALLBACK_BEAM = 5
+_DOUBTFUL_LOGPROB = -0.7
+_DOUBTFUL_NO_SPEECH = 0.3
+"""Where the voice detector is unsure, the model must be surer than usual for its text to stand."""
+
+_TOKENS_PER_SECOND = 12.0
+"""No one speaks faster than this for long (fast English is about 6); a loop does."""
+
+
+class Verdict(Enum):
+    ACCEPT = "accept"
+    RETRY = "retry"
+    SILENCE = "silence"
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One decode of a window with what its quality is judged by."""
+
+    result: DecodingResult
+    text: str
+    compression_ratio: float
+
+
+def attempt(result: DecodingResult, text: str) -> Attempt:
+    return Attempt(result, text, compression_ratio(text))
+
+
+def compression_ratio(text: str) -> float:
+    """Bytes of ``text`` over its bytes deflated: high where the text repeats itself (openai/whisper's measure)."""
+    data = text.encode()
+    return len(data) / len(zlib.compress(data)) if data else 0.0
+
+
+def ladder(options: TranscribeOptions, suppress_tokens: tuple[int, ...]) -> tuple[DecodingOptions, ...]:
+    """The attempts in order: as asked, then beam search if that was not asked for, then rising temperatures."""
+    if isinstance(options.temperature, tuple):
+        temperatures = options.temperature
+    elif options.temperature_increment_on_fallback:
+        step, first = options.temperature_increment_on_fallback, options.temperature
+        temperatures = tuple(round(first + i * step, 6) for i in range(int((1.0 - first) / step + 1e-6) + 1))
+    else:
+        temperatures = (options.temperature,)
+    steps: list[DecodingOptions] = []
+    for temperature in temperatures or (0.0,):
+        beams: tuple[int | None, ...] = (None,)
+        if temperature == 0:
+            beams = (options.beam_size,)
+            if not options.beam_size and len(temperatures) > 1:
+                beams = (None, _FALLBACK_BEAM)
+        steps.extend(
+            DecodingOptions(
+                task=options.task,
+                temperature=temperature,
+                beam_size=beam,
+                best_of=options.best_of if temperature > 0 else None,
+                patience=options.patience if beam else None,
+                length_penalty=options.length_penalty,
+                suppress_tokens=suppress_tokens,
+                without_timestamps=options.without_timestamps,
+                seed=options.seed or 0,
+            )
+            for beam in beams
+        )
+    return tuple(steps)
+
+
+def judge(tried: Sequence[Attempt], options: TranscribeOptions, *, doubtful: bool) -> Verdict:
+    """Judge the last attempt by openai/whisper's rules, a doubtful window by stricter ones."""
+    last = tried[-1]
+    logprob, no_speech = last.result.avg_logprob, last.result.no_speech_prob
+    low = options.logprob_threshold is not None and logprob < options.logprob_threshold
+    silent = options.no_speech_threshold is not None and no_speech > options.no_speech_threshold
+    if silent and (low or options.logprob_threshold is None):
+        return Verdict.SILENCE
+    if doubtful and (logprob < _DOUBTFUL_LOGPROB or no_speech > _DOUBTFUL_NO_SPEECH):
+        return Verdict.SILENCE
+    repeats = (
+        options.compression_ratio_threshold is not None and last.compression_ratio > options.compression_ratio_threshold
+    )
+    if repeats and not low and any(other.text == last.text for other in tried[:-1]):
+        # Two ways of searching agree on the repetition: it was really said.
+        return Verdict.ACCEPT
+    return Verdict.RETRY if repeats or low else Verdict.ACCEPT
+
+
+def best(tried: Sequence[Attempt], options: TranscribeOptions) -> Attempt:
+    """After all attempts failed: the likeliest of those that do not repeat themselves, else the likeliest."""
+    limit = options.compression_ratio_threshold
+    plain = [one for one in tried if limit is None or one.compression_ratio <= limit]
+    return max(plain or tried, key=lambda one: one.result.avg_logprob)
+
+
+def is_loop(tokens: Sequence[int], speech_seconds: float) -> bool:
+    """Whether the text tokens repeat a phrase faster than anyone could say it."""
+    return len(tokens) > _TOKENS_PER_SECOND * max(speech_seconds, 1.0) and longest_repeat(tokens) >= 4
+
+
+def longest_repeat(tokens: Sequence[int]) -> int:
+    """Greatest number of times that a run of 1 to 12 tokens stands in a row."""
+    most = 1
+    for size in range(1, 13):
+        count = 1
+        for place in range(size, len(tokens) - size + 1, size):
+            if tokens[place : place + size] == tokens[place - size : place]:
+                count += 1
+                most = max(most, count)
+            else:
+                count = 1
+    return most
+
+
+def is_prompt_echo(text: str, prompt: str | None) -> bool:
+    """Whether the text is the prompt read back: all of it, or four of its words or more in a row."""
+    said, given = _folded(text), _folded(prompt or "")
+    if not said or not given:
+        return False
+    return said == given or (said.count(" ") >= 3 and f" {said} " in f" {given} ")
+
+
+def _folded(text: str) -> str:
+    return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())

@@ -1,0 +1,219 @@
+"""One job from its source to its transcript: fetch, decode, recognize, receipt.
+
+The engine is loaded once, under a lock, by whoever needs it first; while it loads the
+first job's audio is already fetched and decoded.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from whisper_worker.errors import InternalError, WhisperWorkerError
+from whisper_worker.log import get_logger
+from whisper_worker.metrics import StageTimer, peak_memory_mb
+from whisper_worker.settings import Settings
+from whisper_worker.types import CancelToken, JobInput, Progress, Receipt, Segment, Transcript
+
+if TYPE_CHECKING:
+    from whisper_worker.engine.pipeline import Pipeline, PipelineResult
+    from whisper_worker.engine.recognizer import Recognizer
+    from whisper_worker.engine.scheduler import Priority, Scheduler
+
+_log = get_logger("service")
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    recognizer: Recognizer
+    scheduler: Scheduler
+    pipeline: Pipeline
+
+
+class Service:
+    """What every door calls. Cheap to make; thread-safe; many jobs at once share batches."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._lock = threading.Lock()
+        self._engine: Future[_Engine] | None = None
+        self._cleaned = False
+
+    def load(self) -> None:
+        """Load the model and run it once. Raises :class:`ModelError` where there is none to load."""
+        import numpy as np
+
+        from whisper_worker.types import SAMPLE_RATE, TranscribeOptions
+
+        engine = self._start_loading().result()
+        # One window of silence through every stage: the first real job finds everything touched.
+        engine.pipeline.transcribe(np.zeros(SAMPLE_RATE, dtype=np.int16), TranscribeOptions(vad=False, language="en"))
+
+    @property
+    def ready(self) -> bool:
+        """Whether a model is loaded."""
+        engine = self._engine
+        return engine is not None and engine.done() and engine.exception() is None
+
+    def _start_loading(self) -> Future[_Engine]:
+        """The engine, loading in a thread of its own if nobody has begun. A failed load is tried anew."""
+        with self._lock:
+            failed = self._engine is not None and self._engine.done() and self._engine.exception() is not None
+            if self._engine is None or failed:
+                pool = ThreadPoolExecutor(1, thread_name_prefix="load")
+                self._engine = pool.submit(_load, self.settings)
+                pool.shutdown(wait=False)
+            return self._engine
+
+    def transcribe(
+        self,
+        job: JobInput,
+        *,
+        cancel: CancelToken | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_segment: Callable[[Segment], None] | None = None,
+        priority: Priority | None = None,
+    ) -> Transcript:
+        """Run one job in the calling thread. Raises typed errors only."""
+        try:
+            return self._transcribe(job, cancel or CancelToken(), on_progress, on_segment, priority)
+        except WhisperWorkerError:
+            raise
+        except Exception as error:
+            _log.exception("Unexpected failure")
+            raise InternalError("The worker failed on this job; try again, and report it if it fails again.") from error
+
+    def _transcribe(
+        self,
+        job: JobInput,
+        cancel: CancelToken,
+        on_progress: Callable[[Progress], None] | None,
+        on_segment: Callable[[Segment], None] | None,
+        priority: Priority | None,
+    ) -> Transcript:
+        from whisper_worker.audio.decode import decode
+        from whisper_worker.audio.fetch import fetch
+        from whisper_worker.audio.jobdir import clean_leftovers, job_directory
+
+        if not self._cleaned:
+            self._cleaned = True
+            clean_leftovers(self.settings)
+        timer = StageTimer()
+        loading = self._start_loading()
+        with job_directory(self.settings) as directory:
+            with timer.stage("fetch"):
+                fetched = fetch(job.source, directory, self.settings, cancel)
+            with timer.stage("decode"):
+                audio = decode(fetched.path, self.settings, directory=directory, cancel=cancel)
+            # Hours of PCM may follow: the compressed original has done its part.
+            shutil.rmtree(directory, ignore_errors=True)
+        with timer.stage("load"):
+            engine = loading.result()
+        _log.info("Starting transcription", extra={"fields": {"audio_seconds": round(audio.duration, 1)}})
+        from whisper_worker.engine.scheduler import Priority
+
+        with timer.stage("recognize"):
+            result = engine.pipeline.transcribe(
+                audio.waveform,
+                job.options,
+                cancel=cancel,
+                on_progress=on_progress,
+                on_segment=on_segment,
+                priority=Priority.BULK if priority is None else priority,
+            )
+        _log.info("Transcription completed", extra={"fields": {"segments": len(result.segments)}})
+        return Transcript(
+            text="".join(segment.text for segment in result.segments).strip(),
+            language=result.language,
+            language_probability=result.language_probability,
+            duration=round(audio.duration, 3),
+            segments=result.segments,
+            warnings=(*job.warnings, *fetched.warnings, *audio.warnings, *result.warnings),
+            receipt=self._receipt(engine, result, timer, audio.duration),
+        )
+
+    def _receipt(self, engine: _Engine, result: PipelineResult, timer: StageTimer, audio_seconds: float) -> Receipt:
+        stages = timer.seconds()
+        info = engine.recognizer.info
+        price = self.settings.price_per_hour
+        return Receipt(
+            stages=stages,
+            audio_seconds=round(audio_seconds, 3),
+            speech_seconds=result.speech_seconds,
+            transcribed_seconds=result.transcribed_seconds,
+            gaps=result.gaps,
+            rtfx=round(audio_seconds / max(stages["total"], 1e-3), 1),
+            windows=result.windows,
+            retried_windows=result.retried_windows,
+            batch_size=engine.scheduler.batch_size,
+            device=info.device,
+            compute_type=info.compute_type,
+            engine=info.engine,
+            peak_memory_mb=round(peak_memory_mb(), 1),
+            model=info.name,
+            revision=info.revision,
+            cost=round(stages["total"] / 3600 * price, 6) if price else None,
+        )
+
+    def close(self) -> None:
+        """Stop the engine after the batch in hand."""
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is not None and engine.exception() is None:
+            engine.result().scheduler.close()
+
+
+def _load(settings: Settings) -> _Engine:
+    from whisper_worker.audio.vad import VoiceDetector
+    from whisper_worker.cache.layout import find_model
+    from whisper_worker.engine.pipeline import Pipeline
+    from whisper_worker.engine.scheduler import Scheduler
+    from whisper_worker.engine.tokenizer import Tokenizer
+
+    files = find_model(settings)
+    tokenizer = Tokenizer.load(files.processor_dir / "tokenizer.json", files.model_dir / "generation_config.json")
+    recognizer: Recognizer
+    if settings.engine == "transformers":
+        from whisper_worker.engine.reference import ReferenceRecognizer
+
+        recognizer = ReferenceRecognizer.load(
+            files.model_dir,
+            tokenizer,
+            files.name,
+            files.revision,
+            settings.compute_type,
+            settings.device,
+            settings.threads,
+        )
+    else:
+        from whisper_worker.engine.native import NativeRecognizer
+
+        recognizer = NativeRecognizer.load(
+            files.model_dir,
+            tokenizer,
+            files.name,
+            files.revision,
+            settings.compute_type,
+            settings.device,
+            settings.threads,
+        )
+    detector = VoiceDetector()
+    scheduler = Scheduler(recognizer, settings.batch_size)
+    pipeline = Pipeline(recognizer.info, tokenizer, scheduler, detector)
+    _log.info(
+        "Model loaded",
+        extra={
+            "fields": {
+                "model": recognizer.info.name,
+                "device": recognizer.info.device,
+                "compute_type": recognizer.info.compute_type,
+                "engine": recognizer.info.engine,
+                "batch_size": scheduler.batch_size,
+            }
+        },
+    )
+    return _Engine(recognizer, scheduler, pipeline)
