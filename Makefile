@@ -1,0 +1,68 @@
+# The words people type. `make run` and `make test` install what they need first.
+
+PYTHON ?= python3
+VENV := .venv/bin/python
+MODEL ?= tiny.en
+MANIFEST ?= tests/data/speech.jsonl
+
+.NOTPARALLEL:
+.PHONY: help run test check bench peers pins clean venv venv-test model ffmpeg
+
+help:
+	@echo 'make run      transcribe test_input.json with the RunPod worker'
+	@echo 'make test     install what the tests need, check the code, run all tests'
+	@echo 'make check    formatting, lint, types, import floors'
+	@echo 'make bench    word errors, times and cold start (MANIFEST=FILE MODEL=NAME)'
+	@echo 'make peers    install other Whisper implementations into .venv-peers to compare with'
+	@echo 'make pins     resolve constraints.txt again'
+	@echo 'make clean    remove environments and caches; the model cache stays'
+
+run: venv model
+	$(VENV) handler.py
+
+test: venv-test ffmpeg model check
+	$(VENV) -m pytest -q
+
+check: venv-test
+	$(VENV) -m ruff format --check .
+	$(VENV) -m ruff check .
+	$(VENV) -m mypy
+	$(VENV) -m pytest -q tests/unit/test_floors.py
+
+bench: venv-test model
+	$(VENV) benchmarks/wer.py --manifest $(MANIFEST) --model $(MODEL)
+	$(VENV) benchmarks/times.py --manifest $(MANIFEST) --model $(MODEL)
+	$(VENV) benchmarks/coldstart.py --model $(MODEL)
+
+venv:
+	@$(PYTHON) scripts/setup_venv.py run
+
+venv-test:
+	@$(PYTHON) scripts/setup_venv.py test
+
+peers:
+	@$(PYTHON) scripts/setup_venv.py peers
+
+# save_pipeline.py fills the cache in one step, so that one file of it tells that it is whole.
+model:
+	@test -e whisper_model_cache/model/config.json || $(VENV) save_pipeline.py --model tiny.en
+
+# The worker can do with the ffmpeg that a Python package carries; the tests try the system's as well.
+ffmpeg:
+	@command -v ffmpeg >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ffmpeg; \
+	  else \
+	    echo 'No ffmpeg on this system: tests of it are skipped. To run them: sudo apt-get install ffmpeg'; \
+	  fi; }
+
+pins: venv
+	$(VENV) -m pip install --quiet uv
+	echo setuptools | $(VENV) -m uv pip compile --universal --python-version 3.10 --no-annotate --no-header --quiet \
+	  --constraints constraints.txt requirements.txt requirements-test.txt - > constraints.new
+	{ grep '^#' constraints.txt; grep -vE '^(nvidia-|cuda-|triton=)' constraints.new; } > constraints.pinned
+	mv constraints.pinned constraints.txt && rm constraints.new
+
+clean:
+	rm -rf .venv .venv-peers .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
