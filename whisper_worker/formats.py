@@ -125,8 +125,6 @@ def _cues(segments: tuple[Segment, ...], layout: SubtitleLayout) -> Iterator[_Cu
                 yield _cue(segment.start, segment.end, (text,))
         return
     for words, pieces in _word_cues(segments, layout):
-        if not "".join(pieces).strip():
-            continue
         if layout.highlight_words:
             yield from _highlighted(words, pieces)
         else:
@@ -169,10 +167,11 @@ def _word_cues(
 
 
 def _words(segments: tuple[Segment, ...], per_line: int) -> Iterator[tuple[Word, bool]]:
-    """Every word, and whether a line has to start with it; a segment without words counts as one word."""
+    """Every word with text, and whether a line has to start with it; a segment without words counts as one."""
     for segment in segments:
         whole = Word(word=segment.text, start=segment.start, end=segment.end, probability=0.0)
-        for index, word in enumerate(segment.words or (whole,)):
+        spoken = [word for word in segment.words or (whole,) if _one_line(word.word)]
+        for index, word in enumerate(spoken):
             yield word, index % per_line == 0
 
 
