@@ -1,0 +1,102 @@
+"""Log-mel features, equal to openai/whisper's, of any stretch of a file and in flat memory.
+
+Frame ``k`` is centred on sample ``160 k``. Before its start a file is mirrored, after its end
+there is silence (openai/whisper appends 30 s of it), so a stretch's features do not depend on
+how the file is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from whisper_worker.types import SAMPLE_RATE
+
+Waveform = NDArray[np.int16] | NDArray[np.float32] | Tensor
+
+N_FFT = 400
+HOP = 160
+_CHUNK_FRAMES = 3000
+_SMALLEST = 1e-10
+
+
+def log_mel(
+    waveform: Waveform,
+    n_mels: int,
+    start: int = 0,
+    stop: int | None = None,
+    peak: float | None = None,
+) -> Tensor:
+    """Features of the samples ``[start, stop)`` of a file as float32 ``(n_mels, n_frames)``.
+
+    ``waveform`` is the whole file, int16 or float32 in -1..1; ``start`` is a multiple of 160, and a last
+    frame that is only begun counts. ``peak`` is :func:`log_mel_peak` of the file; left out, the maximum of
+    the stretch itself is taken. Values lie in ``[(peak - 4) / 4, (peak + 4) / 4]``.
+    """
+    samples = np.asarray(waveform)
+    stop = len(samples) if stop is None else stop
+    n_frames = math.ceil((stop - start) / HOP)
+    first = start // HOP
+    parts = [
+        _mel_power(samples, n_mels, at, min(at + _CHUNK_FRAMES, first + n_frames))
+        for at in range(first, first + n_frames, _CHUNK_FRAMES)
+    ]
+    if not parts:
+        return torch.empty(n_mels, 0)
+    mel = (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).clamp_(min=_SMALLEST).log10_()
+    floor = (float(mel.max()) if peak is None else peak) - 8.0
+    return mel.clamp_(min=floor).add_(4.0).div_(4.0)
+
+
+def log_mel_peak(waveform: Waveform, n_mels: int) -> float:
+    """The largest log10 mel power of a file, its memory flat however long the file is."""
+    samples = np.asarray(waveform)
+    n_frames = math.ceil(len(samples) / HOP)
+    peak = _SMALLEST
+    for at in range(0, n_frames, _CHUNK_FRAMES):
+        peak = max(peak, float(_mel_power(samples, n_mels, at, min(at + _CHUNK_FRAMES, n_frames)).max()))
+    return math.log10(peak)
+
+
+def _mel_power(samples: NDArray[np.int16] | NDArray[np.float32], n_mels: int, first: int, last: int) -> Tensor:
+    """Mel power ``(n_mels, last - first)`` of the frames ``[first, last)``."""
+    begin, end = first * HOP - N_FFT // 2, (last - 1) * HOP + N_FFT // 2
+    part = samples[max(0, begin) : min(len(samples), end)]
+    scaled = torch.from_numpy(part.astype(np.float32))
+    if part.dtype == np.int16:
+        scaled /= 32768
+    if begin < 0:
+        # Mirrored about sample 0; what the file is too short for stays silent.
+        mirrored = scaled[1 : 1 - begin].flip(0)
+        scaled = torch.cat([scaled.new_zeros(-begin - len(mirrored)), mirrored, scaled])
+    scaled = F.pad(scaled, (0, end - begin - len(scaled)))
+    spectrum = torch.stft(scaled, N_FFT, HOP, window=_window(), center=False, return_complex=True)
+    return _filters(n_mels) @ spectrum.abs().square_()
+
+
+@lru_cache(maxsize=1)
+def _window() -> Tensor:
+    return torch.hann_window(N_FFT)
+
+
+@lru_cache(maxsize=2)
+def _filters(n_mels: int) -> Tensor:
+    """Slaney's mel filter bank ``(n_mels, 201)``.
+
+    Triangles of equal area, on a scale that is linear up to 1 kHz and logarithmic above.
+    """
+    linear_hz, break_hz, log_step = 200.0 / 3, 1000.0, math.log(6.4) / 27
+    break_mel = break_hz / linear_hz
+    top = break_mel + math.log(SAMPLE_RATE / 2 / break_hz) / log_step
+    mels = torch.linspace(0, top, n_mels + 2, dtype=torch.float64)
+    edges = torch.where(mels < break_mel, mels * linear_hz, break_hz * torch.exp(log_step * (mels - break_mel)))
+    bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
+    low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    rising, falling = (bins - low) / (centre - low), (high - bins) / (high - centre)
+    return (torch.minimum(rising, falling).clamp(min=0) * 2 / (high - low)).float()
