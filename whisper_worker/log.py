@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
+from pathlib import Path
 
 _job_id: ContextVar[str | None] = ContextVar("job_id", default=None)
 
@@ -37,12 +39,22 @@ def job_context(job_id: str) -> Iterator[None]:
         _job_id.reset(token)
 
 
+def _failure(record: logging.LogRecord) -> dict[str, str]:
+    """Type of the logged exception and the functions it came through: no message, which may quote
+    the request, and no file paths."""
+    if not record.exc_info or record.exc_info[0] is None:
+        return {}
+    frames = traceback.extract_tb(record.exc_info[2])
+    came = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+    return {"error": record.exc_info[0].__name__, "at": came}
+
+
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
         job_id = _job_id.get()
         prefix = f"[{job_id}] " if job_id else ""
-        fields = getattr(record, "fields", {})
+        fields = {**getattr(record, "fields", {}), **_failure(record)}
         suffix = "".join(f" {name}={value}" for name, value in fields.items())
         return f"{when} | {record.levelname} | {prefix}{record.getMessage()}{suffix}"
 
@@ -60,6 +72,7 @@ class _JsonFormatter(logging.Formatter):
         if job_id:
             line["job_id"] = job_id
         line.update(getattr(record, "fields", {}))
+        line.update(_failure(record))
         return json.dumps(line, ensure_ascii=False, default=str)
 
 

@@ -176,31 +176,24 @@ def _load(settings: Settings) -> _Engine:
 
     files = find_model(settings)
     tokenizer = Tokenizer.load(files.processor_dir / "tokenizer.json", files.model_dir / "generation_config.json")
-    recognizer: Recognizer
+    load: Callable[..., Recognizer]
     if settings.engine == "transformers":
         from whisper_worker.engine.reference import ReferenceRecognizer
 
-        recognizer = ReferenceRecognizer.load(
-            files.model_dir,
-            tokenizer,
-            files.name,
-            files.revision,
-            settings.compute_type,
-            settings.device,
-            settings.threads,
-        )
+        load = ReferenceRecognizer.load
     else:
         from whisper_worker.engine.native import NativeRecognizer
 
-        recognizer = NativeRecognizer.load(
-            files.model_dir,
-            tokenizer,
-            files.name,
-            files.revision,
-            settings.compute_type,
-            settings.device,
-            settings.threads,
-        )
+        load = NativeRecognizer.load
+    recognizer = load(
+        files.model_dir,
+        tokenizer,
+        files.name,
+        files.revision,
+        settings.compute_type,
+        settings.device,
+        settings.threads,
+    )
     detector = VoiceDetector()
     scheduler = Scheduler(recognizer, settings.batch_size)
     pipeline = Pipeline(recognizer.info, tokenizer, scheduler, detector)

@@ -112,13 +112,10 @@ def longest_repeat(tokens: Sequence[int]) -> int:
     """Greatest number of times that a run of 1 to 12 tokens stands in a row."""
     most = 1
     for size in range(1, 13):
-        count = 1
-        for place in range(size, len(tokens) - size + 1, size):
-            if tokens[place : place + size] == tokens[place - size : place]:
-                count += 1
-                most = max(most, count)
-            else:
-                count = 1
+        same = 0
+        for place in range(size, len(tokens)):
+            same = same + 1 if tokens[place] == tokens[place - size] else 0
+            most = max(most, same // size + 1)
     return most
 
 

@@ -1,0 +1,89 @@
+"""The ladder of attempts and the guards against invented text."""
+
+from __future__ import annotations
+
+from whisper_worker.engine import quality
+from whisper_worker.engine.quality import Attempt, Verdict
+from whisper_worker.engine.recognizer import DecodingResult
+from whisper_worker.types import TranscribeOptions
+
+
+def tried(text: str, logprob: float = -0.3, no_speech: float = 0.01, temperature: float = 0.0) -> Attempt:
+    return quality.attempt(DecodingResult((1, 2), logprob, no_speech, temperature), text)
+
+
+def judge(*attempts: Attempt, doubtful: bool = False, options: TranscribeOptions | None = None) -> Verdict:
+    return quality.judge(attempts, options or TranscribeOptions(), doubtful=doubtful)
+
+
+def test_the_ladder_is_greedy_then_beam_then_hotter() -> None:
+    steps = quality.ladder(TranscribeOptions(), ())
+    assert [(step.temperature, step.beam_size, step.best_of) for step in steps] == [
+        (0.0, None, None),
+        (0.0, 5, None),
+        (0.2, None, 5),
+        (0.4, None, 5),
+        (0.6, None, 5),
+        (0.8, None, 5),
+        (1.0, None, 5),
+    ]
+
+
+def test_asked_for_beams_and_temperatures_are_taken_as_they_are() -> None:
+    steps = quality.ladder(TranscribeOptions(beam_size=3, patience=2.0, temperature=(0.0, 0.5)), (9,))
+    assert [(step.temperature, step.beam_size, step.patience) for step in steps] == [(0.0, 3, 2.0), (0.5, None, None)]
+    assert all(step.suppress_tokens == (9,) for step in steps)
+
+
+def test_no_increment_means_one_attempt() -> None:
+    assert len(quality.ladder(TranscribeOptions(temperature_increment_on_fallback=None), ())) == 1
+    assert len(quality.ladder(TranscribeOptions(temperature=0.4, temperature_increment_on_fallback=0), ())) == 1
+
+
+def test_plain_text_is_accepted_and_a_weak_one_tried_again() -> None:
+    assert judge(tried("a plain sentence")) is Verdict.ACCEPT
+    assert judge(tried("a weak sentence", logprob=-1.4)) is Verdict.RETRY
+    assert judge(tried("loop " * 60)) is Verdict.RETRY
+
+
+def test_thresholds_can_be_turned_off() -> None:
+    off = TranscribeOptions(compression_ratio_threshold=None, logprob_threshold=None, no_speech_threshold=None)
+    assert judge(tried("loop " * 60, logprob=-3.0, no_speech=0.99), options=off) is Verdict.ACCEPT
+
+
+def test_silence_needs_both_signs_but_a_doubtful_window_only_one() -> None:
+    assert judge(tried("thanks", logprob=-1.4, no_speech=0.9)) is Verdict.SILENCE
+    assert judge(tried("thanks", logprob=-0.2, no_speech=0.9)) is Verdict.ACCEPT
+    assert judge(tried("thanks", logprob=-0.9), doubtful=True) is Verdict.SILENCE
+    assert judge(tried("thanks", no_speech=0.5), doubtful=True) is Verdict.SILENCE
+    assert judge(tried("thanks"), doubtful=True) is Verdict.ACCEPT
+
+
+def test_a_repetition_that_two_searches_agree_on_was_said() -> None:
+    said = "he could wait no longer " * 12
+    assert judge(tried(said), tried(said)) is Verdict.ACCEPT
+    assert judge(tried(said), tried(said + "he")) is Verdict.RETRY
+
+
+def test_when_all_fail_the_likeliest_that_does_not_repeat_is_kept() -> None:
+    loop, plain, weak = tried("loop " * 60, -0.1), tried("something", -1.2), tried("else", -2.0)
+    assert quality.best([loop, plain, weak], TranscribeOptions()) is plain
+    assert quality.best([loop], TranscribeOptions()) is loop
+
+
+def test_loops_are_told_from_repetition_by_their_speed() -> None:
+    phrase = [5, 6, 7, 8]
+    assert quality.longest_repeat([1, 2, *phrase * 6, 9]) == 6
+    assert quality.longest_repeat([1, 2, 3, 4]) == 1
+    assert quality.is_loop(phrase * 50, speech_seconds=3.0)
+    assert not quality.is_loop(phrase * 8, speech_seconds=20.0)
+
+
+def test_prompt_echo() -> None:
+    prompt = "Glossary: Kubernetes, Whisper and RunPod are product names."
+    assert quality.is_prompt_echo("Kubernetes Whisper, and RunPod", prompt)
+    assert quality.is_prompt_echo(prompt, prompt)
+    assert not quality.is_prompt_echo("Kubernetes", prompt)
+    assert not quality.is_prompt_echo("We deploy with Kubernetes and RunPod", prompt)
+    assert not quality.is_prompt_echo("", prompt)
+    assert not quality.is_prompt_echo("anything at all here", None)

@@ -1,0 +1,214 @@
+"""The scheduler with a recognizer that only counts: sharing, fairness, isolation, memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from whisper_worker.engine.recognizer import DecodingOptions, DecodingResult, DecodingRow
+from whisper_worker.engine.scheduler import Job, Priority, Scheduler, Work
+from whisper_worker.errors import Busy, Cancelled, EngineError, OutOfMemory
+from whisper_worker.types import CancelToken
+
+OPTIONS = DecodingOptions()
+
+
+class Recorder:
+    """A recognizer whose result is the window's own name; it notes every batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+        self.encoded: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.before: Callable[[Sequence[Any]], None] = lambda names: None
+
+    def default_batch_size(self) -> int:
+        return 4
+
+    def encode(self, mels: Sequence[torch.Tensor]) -> list[Any]:
+        self.encoded.append(len(mels))
+        return [mel.item() for mel in mels]
+
+    def detect_language(self, states: Sequence[Any]) -> list[dict[str, float]]:
+        return [{"en": 1.0} for _ in states]
+
+    def decode(self, rows: Sequence[DecodingRow], options: DecodingOptions, cancel: object) -> list[DecodingResult]:
+        names = [row.state for row in rows]
+        self.gate.wait(5)
+        self.before(names)
+        self.batches.append(names)
+        return [DecodingResult((int(name),), 0.0, 0.0, options.temperature) for name in names]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def scheduler(recorder: Recorder) -> Iterator[Scheduler]:
+    made = Scheduler(recorder)  # type: ignore[arg-type]
+    yield made
+    recorder.gate.set()
+    made.close()
+
+
+def work(name: int, options: DecodingOptions | None = OPTIONS, seconds: float = 20.0) -> Work:
+    return Work(key=name, mel=lambda: torch.tensor(float(name)), seconds=seconds, options=options)
+
+
+def submit(job: Job, *names: int) -> None:
+    for name in names:
+        job.submit(work(name))
+
+
+def drain(job: Job, n: int) -> list[int]:
+    return [job.next_done().key for _ in range(n)]
+
+
+def test_every_window_comes_back_with_its_own_result(scheduler: Scheduler) -> None:
+    job = scheduler.open()
+    submit(job, *range(10))
+    done = [job.next_done() for _ in range(10)]
+    assert sorted(one.key for one in done) == list(range(10))
+    assert all(one.result.tokens == (one.key,) for one in done)
+
+
+def test_windows_of_several_jobs_share_batches_and_a_short_job_is_not_kept_waiting(
+    scheduler: Scheduler, recorder: Recorder
+) -> None:
+    recorder.gate.clear()
+    long, short = scheduler.open(), scheduler.open()
+    submit(long, *range(100, 140))
+    time.sleep(0.05)  # The first batch is taken by now, and waits at the gate.
+    submit(short, 1, 2)
+    recorder.gate.set()
+    drain(short, 2)
+    seen = [name for batch in recorder.batches for name in batch]
+    assert seen.index(1.0) < 10
+    assert seen.index(2.0) < 10
+    assert any(len({name >= 100 for name in batch}) == 2 for batch in recorder.batches)
+    drain(long, 40)
+    assert all(len(batch) <= 4 for batch in recorder.batches)
+
+
+def test_urgent_work_goes_first(scheduler: Scheduler, recorder: Recorder) -> None:
+    recorder.gate.clear()
+    bulk, live = scheduler.open(Priority.BULK), scheduler.open(Priority.LIVE_FINAL)
+    submit(bulk, *range(100, 120))
+    time.sleep(0.05)
+    submit(live, 1)
+    recorder.gate.set()
+    drain(live, 1)
+    assert recorder.batches[1][0] == 1.0
+    drain(bulk, 20)
+
+
+def test_only_like_work_shares_a_batch(scheduler: Scheduler, recorder: Recorder) -> None:
+    recorder.gate.clear()
+    job = scheduler.open()
+    submit(job, 0)
+    time.sleep(0.05)
+    hot = DecodingOptions(temperature=0.4)
+    for name in range(1, 5):
+        job.submit(work(name, hot if name % 2 else OPTIONS))
+    recorder.gate.set()
+    drain(job, 5)
+    assert {frozenset(batch) for batch in recorder.batches[1:]} == {frozenset({1.0, 3.0}), frozenset({2.0, 4.0})}
+
+
+def test_a_state_is_encoded_once(scheduler: Scheduler, recorder: Recorder) -> None:
+    job = scheduler.open()
+    job.submit(work(3, None))
+    first = job.next_done()
+    assert first.result == {"en": 1.0}
+    again = work(3)
+    again.state = first.state
+    job.submit(again)
+    job.next_done()
+    assert recorder.encoded == [1]
+
+
+def test_a_failing_window_fails_its_own_job_only(scheduler: Scheduler, recorder: Recorder) -> None:
+    def fail_on_seven(names: Sequence[Any]) -> None:
+        if 7.0 in names:
+            raise ValueError("bad window")
+
+    recorder.before = fail_on_seven
+    good, bad = scheduler.open(), scheduler.open()
+    recorder.gate.clear()
+    submit(good, 0, 1, 2)
+    submit(bad, 7)
+    recorder.gate.set()
+    assert sorted(drain(good, 3)) == [0, 1, 2]
+    with pytest.raises(EngineError):
+        bad.next_done()
+
+
+def test_out_of_memory_halves_the_batch_and_is_remembered(scheduler: Scheduler, recorder: Recorder) -> None:
+    def at_most_two(names: Sequence[Any]) -> None:
+        if len(names) > 2:
+            raise OutOfMemory("full")
+
+    recorder.before = at_most_two
+    job = scheduler.open()
+    recorder.gate.clear()
+    submit(job, *range(12))
+    recorder.gate.set()
+    assert sorted(drain(job, 12)) == list(range(12))
+    assert scheduler.batch_size == 2
+    submit(job, *range(4))
+    drain(job, 4)
+    assert all(len(batch) <= 2 for batch in recorder.batches)
+
+
+def test_no_room_for_even_one_window_is_an_error(scheduler: Scheduler, recorder: Recorder) -> None:
+    def never(names: Sequence[Any]) -> None:
+        raise OutOfMemory("full")
+
+    recorder.before = never
+    job = scheduler.open()
+    submit(job, 1)
+    with pytest.raises(OutOfMemory):
+        job.next_done()
+
+
+def test_cancel_withdraws_what_waits(scheduler: Scheduler, recorder: Recorder) -> None:
+    token = CancelToken()
+    recorder.gate.clear()
+    job, other = scheduler.open(cancel=token), scheduler.open()
+    submit(job, *range(20))
+    submit(other, 99)
+    token.cancel()
+    recorder.gate.set()
+    with pytest.raises(Cancelled):
+        while True:
+            job.next_done()
+    drain(other, 1)
+    assert sum(len(batch) for batch in recorder.batches) <= 6
+
+
+def test_close_fails_what_waits_as_retryable(recorder: Recorder) -> None:
+    scheduler = Scheduler(recorder)  # type: ignore[arg-type]
+    recorder.gate.clear()
+    job = scheduler.open()
+    submit(job, *range(8))
+    time.sleep(0.05)
+    threading.Timer(0.05, recorder.gate.set).start()
+    scheduler.close()
+    errors = 0
+    for _ in range(8):
+        try:
+            job.next_done()
+        except Busy as error:
+            assert error.retryable
+            errors += 1
+    assert errors == 4
+    with pytest.raises(Busy):
+        job.submit(work(1))

@@ -1,0 +1,133 @@
+"""The common payload: what is taken, what is warned of, what is refused and how."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whisper_worker.errors import InvalidInput
+from whisper_worker.schema import job_input_from_dict, segment_to_dict, transcript_to_dict
+from whisper_worker.settings import Settings
+from whisper_worker.types import Segment, TranscribeOptions, Transcript, Word
+
+URL = {"audio_url": "https://example.com/a.mp3"}
+SETTINGS = Settings()
+
+
+def parse(**fields: object) -> TranscribeOptions:
+    return job_input_from_dict({**URL, **fields}, SETTINGS).options
+
+
+def test_a_bare_url_gets_the_defaults() -> None:
+    job = job_input_from_dict(URL, SETTINGS)
+    assert job.source.url == "https://example.com/a.mp3"
+    assert job.options == TranscribeOptions()
+    assert job.warnings == ()
+
+
+def test_nulls_count_as_absent_but_turn_thresholds_off() -> None:
+    options = parse(language=None, beam_size=None, compression_ratio_threshold=None, logprob_threshold=None)
+    assert options.beam_size is None
+    assert options.compression_ratio_threshold is None
+    assert options.logprob_threshold is None
+    assert options.no_speech_threshold == 0.6
+
+
+@pytest.mark.parametrize(
+    ("given_value", "expected"),
+    [("en", "en"), ("English", "en"), ("pt-BR", "pt"), ("auto", None), ("", None), ("Castilian", "es")],
+)
+def test_languages_by_code_and_name(given_value: str, expected: str | None) -> None:
+    assert parse(language=given_value).language == expected
+
+
+def test_forms_send_strings() -> None:
+    options = parse(
+        beam_size="5", temperature="0.2", word_timestamps="true", clip_timestamps="1.5,4", languages="en,de"
+    )
+    assert options.beam_size == 5
+    assert options.temperature == 0.2
+    assert options.word_timestamps is True
+    assert options.clip_timestamps == (1.5, 4.0)
+    assert options.languages == ("en", "de")
+
+
+def test_temperature_ladders_and_token_lists() -> None:
+    assert parse(temperature=[0.0, 0.4]).temperature == (0.0, 0.4)
+    assert parse(suppress_tokens=[-1, 50]).suppress_tokens == "-1,50"
+    assert parse(suppress_tokens="").suppress_tokens == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("beam_size", 0),
+        ("beam_size", 2.5),
+        ("beam_size", True),
+        ("temperature", float("nan")),
+        ("temperature", "warm"),
+        ("language", "klingon"),
+        ("language", 5),
+        ("task", "summarise"),
+        ("word_timestamps", "perhaps"),
+        ("formats", ["srt", "docx"]),
+        ("headers", {"A": "b\r\nC: d"}),
+        ("headers", ["A"]),
+        ("sha256", "abc"),
+        ("no_speech_threshold", 2),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(InvalidInput, match="language" if field == "language" else field):
+        job_input_from_dict({**URL, field: value}, SETTINGS)
+
+
+def test_no_audio_and_two_audios_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="no audio"):
+        job_input_from_dict({}, SETTINGS)
+    with pytest.raises(InvalidInput, match="not both"):
+        job_input_from_dict({**URL, "audio_base64": "AAAA"}, SETTINGS)
+    with pytest.raises(InvalidInput, match="given twice"):
+        job_input_from_dict({**URL, "url": "https://example.com/b.mp3"}, SETTINGS)
+
+
+def test_unknown_and_ineffective_options_are_named_or_refused() -> None:
+    payload = {**URL, "colour": "blue", "patience": 2.0}
+    job = job_input_from_dict(payload, SETTINGS)
+    assert any("colour" in warning for warning in job.warnings)
+    assert any("patience" in warning for warning in job.warnings)
+    with pytest.raises(InvalidInput, match="colour"):
+        job_input_from_dict({**payload, "strict": True}, SETTINGS)
+    with pytest.raises(InvalidInput, match="patience"):
+        job_input_from_dict(payload, Settings(strict=True))
+
+
+def test_no_request_can_name_a_local_file() -> None:
+    job = job_input_from_dict({**URL, "path": "x"}, SETTINGS)
+    assert job.source.path is None
+
+
+def test_secrets_do_not_show_in_reprs() -> None:
+    job = job_input_from_dict({**URL, "headers": {"Authorization": "Bearer abc"}}, SETTINGS)
+    assert "Bearer" not in repr(job)
+
+
+@given(st.dictionaries(st.text(max_size=8), st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=5))))
+def test_whatever_comes_is_a_job_or_a_typed_refusal(payload: dict[str, object]) -> None:
+    try:
+        job_input_from_dict({**payload, **URL}, SETTINGS)
+    except InvalidInput as error:
+        assert error.message
+
+
+def test_segments_carry_optional_keys_only_where_known() -> None:
+    segment = Segment(0, 0.0, 1.0, " Hi.", -0.1, 0.01, 1.0, 0.0, tokens=(1, 2))
+    assert "words" not in segment_to_dict(segment)
+    worded = Segment(0, 0.0, 1.0, " Hi.", -0.1, 0.01, 1.0, 0.0, words=(Word(" Hi.", 0.1, 0.9, 0.8),), flags=("loop",))
+    data = segment_to_dict(worded)
+    assert data["words"] == [{"word": " Hi.", "start": 0.1, "end": 0.9, "probability": 0.8}]
+    assert data["flags"] == ["loop"]
+    answer = transcript_to_dict(Transcript("Hi.", "en", 1.0, 1.0, (worded,)))
+    assert answer["segments"] == [data]
+    assert answer["receipt"] is None
