@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from whisper_worker.cache import ct2
 from whisper_worker.cache.layout import MODEL_DIR, PROCESSOR_DIR, WEIGHTS, WEIGHTS_INDEX, read_model_config, shards
-from whisper_worker.cache.tensors import Array, FloatType, read_safetensors, write_safetensors
-from whisper_worker.cache.tokenizer_files import write_json
+from whisper_worker.cache.tensors import Array, FloatType, cast, read_safetensors, write_safetensors
+from whisper_worker.cache.tokenizer_files import Vocabulary, write_json
 from whisper_worker.errors import ModelError
 
 MODEL_FILES = ("config.json", "generation_config.json")
@@ -40,14 +41,13 @@ def import_model(source: Path, cache: Path, dtype: FloatType | None) -> str:
         return ct2.convert(source, model_dir, processor_dir, dtype)
     weights_from, processor_from = _directories(source)
     config = read_model_config(weights_from)
-    if not (processor_from / "tokenizer.json").is_file():
-        raise ModelError(
-            "The model's directory has no tokenizer.json: save it with transformers' fast tokenizer first."
-        )
     written = _weights(weights_from, model_dir, dtype)
+    _check_tensors(model_dir, config)
     for name in PROCESSOR_FILES:
         if (processor_from / name).is_file():
             shutil.copyfile(processor_from / name, processor_dir / name)
+    if not (processor_dir / "tokenizer.json").is_file():
+        write_json(processor_dir / "tokenizer.json", Vocabulary.of_checkpoint(processor_from, config).tokenizer())
     if (weights_from / "generation_config.json").is_file():
         shutil.copyfile(weights_from / "generation_config.json", model_dir / "generation_config.json")
     if written is not None:
@@ -76,9 +76,8 @@ def _weights(source: Path, model_dir: Path, dtype: FloatType | None) -> FloatTyp
     """Copy or convert; gives the type where it was converted."""
     files = _weight_files(source)
     if not files[0].endswith(".safetensors"):
-        tensors = _read_torch(source, files)
         chosen: FloatType = dtype or "float32"
-        write_safetensors(model_dir / WEIGHTS, tensors, chosen)
+        write_safetensors(model_dir / WEIGHTS, cast(_read_torch(source, files), chosen))
         return chosen
     if dtype is None:
         for name in files:
@@ -86,12 +85,26 @@ def _weights(source: Path, model_dir: Path, dtype: FloatType | None) -> FloatTyp
         if (source / WEIGHTS_INDEX).is_file() and WEIGHTS not in files:
             shutil.copyfile(source / WEIGHTS_INDEX, model_dir / WEIGHTS_INDEX)
         return None
-    write_safetensors(
-        model_dir / WEIGHTS,
-        {name: stored.to_float() for file in files for name, stored in read_safetensors(source / file).items()},
-        dtype,
-    )
+    stored = (item for file in files for item in read_safetensors(source / file).items())
+    write_safetensors(model_dir / WEIGHTS, cast(((name, tensor.to_float()) for name, tensor in stored), dtype))
     return dtype
+
+
+def _check_tensors(model_dir: Path, config: dict[str, object]) -> None:
+    """Refuse weights that are damaged, or not those that config.json describes."""
+    shapes = {
+        name: tensor.data.shape
+        for file in _weight_files(model_dir)
+        for name, tensor in read_safetensors(model_dir / file).items()
+    }
+    for name, axis, key in (
+        ("model.encoder.conv1.weight", 1, "num_mel_bins"),
+        ("model.encoder.embed_positions.weight", 0, "max_source_positions"),
+        ("model.decoder.embed_tokens.weight", 0, "vocab_size"),
+        ("model.decoder.layer_norm.weight", 0, "d_model"),
+    ):
+        if name not in shapes or shapes[name][axis] != config.get(key):
+            raise ModelError(f"The weights do not fit their config.json: {name} is missing, or {key} differs.")
 
 
 def _weight_files(source: Path) -> tuple[str, ...]:
@@ -108,15 +121,14 @@ def _weight_files(source: Path) -> tuple[str, ...]:
     raise ModelError(f"The model's directory has no weights ({WEIGHTS}, {TORCH_WEIGHTS} or model.bin).")
 
 
-def _read_torch(source: Path, files: tuple[str, ...]) -> dict[str, Array]:
+def _read_torch(source: Path, files: tuple[str, ...]) -> Iterator[tuple[str, Array]]:
     import torch
 
-    tensors: dict[str, Array] = {}
     for file in files:
         try:
             state = torch.load(source / file, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # torch raises anything for a foreign file; weights_only executes nothing
             raise ModelError(f"{file} is damaged, or holds more than weights.") from error
         for name, tensor in state.items():
-            tensors[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return tensors
+            if name != "proj_out.weight":  # the embedding once more
+                yield name, (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

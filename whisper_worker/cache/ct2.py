@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from whisper_worker.cache.tensors import Array, FloatType, Stored, map_file, view, write_safetensors
+from whisper_worker.cache.tensors import Array, FloatType, Stored, cast, map_file, view, write_safetensors
 from whisper_worker.cache.tokenizer_files import Vocabulary, read_json, write_json, write_tokenizer
 from whisper_worker.errors import ModelError
 
@@ -44,7 +44,7 @@ def convert(source: Path, model_dir: Path, processor_dir: Path, dtype: FloatType
     spec = _read(source / "model.bin")
     chosen: FloatType = dtype or ("float16" if spec["decoder/embeddings/weight"].dtype == "F16" else "float32")
     weights = _Weights(spec)
-    tensors = dict(weights.tensors())
+    tensors = cast(weights.tensors(), chosen)
     shape = _Shape.of(tensors, weights)
     vocabulary = Vocabulary.of_directory(source)
     if len(vocabulary.tokens) != shape.vocabulary:
@@ -52,7 +52,7 @@ def convert(source: Path, model_dir: Path, processor_dir: Path, dtype: FloatType
             f"The conversion's vocabulary has {len(vocabulary.tokens)} tokens and its weights {shape.vocabulary}: "
             "they are not of the same model."
         )
-    write_safetensors(model_dir / "model.safetensors", tensors, chosen)
+    write_safetensors(model_dir / "model.safetensors", tensors)
     write_json(model_dir / "config.json", _config(shape, vocabulary, chosen))
     write_json(
         model_dir / "generation_config.json",

@@ -277,7 +277,10 @@ def _has_weights(model_dir: Path) -> bool:
 def shards(index: Path) -> tuple[str, ...]:
     """File names of sharded weights. Raises :class:`ModelError` where the index is damaged."""
     try:
-        return tuple(sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("no plain file names")
+        return tuple(names)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index.name} is damaged. Get the model again.") from error
 

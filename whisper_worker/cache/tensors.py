@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,8 @@ class Stored:
     def to_float(self) -> Array:
         """Its values as float16 (where that is what is stored) or float32."""
         if self.dtype == "BF16":
-            return (self.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            widened: Array = (self.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return widened
         if self.dtype in ("F16", "F32"):
             return self.data
         raise ModelError(f"The weights hold a tensor of type {self.dtype} where numbers with a fraction belong.")
@@ -90,19 +91,23 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         raise ModelError("The safetensors file is damaged or something else. Get it again.") from error
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Array], dtype: FloatType) -> None:
-    """Write ``tensors`` as ``dtype``. What already has that type is written from where it lies.
+def cast(tensors: Iterable[tuple[str, Array]], dtype: FloatType) -> dict[str, Array]:
+    """Each tensor as ``dtype``, one after the other; what has that type already stays where it lies.
 
     Raises :class:`ModelError` where a value is not finite, or too large for float16.
     """
+    return {name: _cast(name, value, dtype) for name, value in tensors}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
+    """Write what :func:`cast` gave."""
     from safetensors.numpy import save_file
 
-    converted = {name: _convert(name, value, dtype) for name, value in tensors.items()}
-    save_file(converted, path, metadata={"format": "pt"})
+    save_file(dict(tensors), path, metadata={"format": "pt"})
     path.chmod(0o644)  # the library makes files that only their owner may read
 
 
-def _convert(name: str, value: Array, dtype: FloatType) -> Array:
+def _cast(name: str, value: Array, dtype: FloatType) -> Array:
     with np.errstate(over="ignore"):
         converted = np.ascontiguousarray(value, dtype=dtype)
     if not np.isfinite(converted).all():

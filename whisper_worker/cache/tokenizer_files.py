@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,85 @@ class Vocabulary:
             tokens = tuple(text.removesuffix("\n").split("\n"))
         else:
             raise ModelError("The conversion lacks its vocabulary (vocabulary.json or vocabulary.txt).")
+        return cls.of_tokens(tokens)
+
+    @classmethod
+    def of_checkpoint(cls, directory: Path, config: Mapping[str, object]) -> Vocabulary:
+        """Of a checkpoint without tokenizer.json: from ``vocab.json`` and ``added_tokens.json``.
+
+        Timestamps follow from the size that config.json names. Raises :class:`ModelError`.
+        """
+        ids = {}
+        for name in ("vocab.json", "added_tokens.json"):
+            if name == "vocab.json" or (directory / name).is_file():
+                part = read_json(directory / name)
+                if not isinstance(part, dict) or not all(isinstance(number, int) for number in part.values()):
+                    raise ModelError(f"{name} is damaged: it does not number tokens.")
+                ids.update(part)
+        size, by_id = config.get("vocab_size"), {number: token for token, number in ids.items()}
+        first = ids.get("<|notimestamps|>", len(ids)) + 1
+        if not isinstance(size, int) or any(number not in by_id for number in range(first)):
+            raise ModelError("The model's vocabulary has gaps: vocab.json or added_tokens.json is damaged.")
+        times = (f"<|{0.02 * (number - first):.2f}|>" for number in range(first, size))
+        return cls.of_tokens((*(by_id[number] for number in range(first)), *times))
+
+    @classmethod
+    def of_tokens(cls, tokens: tuple[str, ...]) -> Vocabulary:
         return cls(tokens, {token: number for number, token in enumerate(tokens)})
 
     def id(self, token: str) -> int:
         if token not in self._ids:
-            raise ModelError(f"The conversion's vocabulary lacks {token}: it is not Whisper's.")
+            raise ModelError(f"The model's vocabulary lacks {token}: it is not Whisper's.")
         return self._ids[token]
 
     @property
     def is_multilingual(self) -> bool:
         """As openai/whisper tells it: by the size."""
         return len(self.tokens) >= _MULTILINGUAL_SIZE
+
+    def tokenizer(self) -> dict[str, object]:
+        """A tokenizer.json from the tokens alone: the merges follow from the order of the ids."""
+        end, first_timestamp = self.id("<|endoftext|>"), self.id("<|notimestamps|>") + 1
+        start = self.id("<|startoftranscript|>")
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        special = [
+            _added(number, token, special=number < first_timestamp)
+            for number, token in enumerate(self.tokens[end:], end)
+        ]
+        frame = [{"SpecialToken": {"id": self.tokens[number], "type_id": 0}} for number in (start, first_timestamp - 1)]
+        close = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": special,
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [*frame, {"Sequence": {"id": "A", "type_id": 0}}, close],
+                "pair": [*frame, *({"Sequence": {"id": part, "type_id": 0}} for part in "AB"), close],
+                "special_tokens": {
+                    self.tokens[number]: {
+                        "id": self.tokens[number],
+                        "ids": [number],
+                        "tokens": [self.tokens[number]],
+                    }
+                    for number in (start, first_timestamp - 1, end)
+                },
+            },
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": "",
+                "fuse_unk": False,
+                "vocab": {token: number for number, token in enumerate(self.tokens[:end])},
+                "merges": _merges(self.tokens[:end]),
+            },
+        }
 
 
 def read_json(path: Path) -> Any:
@@ -71,7 +140,7 @@ def write_tokenizer(source: Path, processor_dir: Path, vocabulary: Vocabulary) -
     and multilingual models decode them alike.
     """
     tokenizer: Any = (
-        read_json(source / "tokenizer.json") if (source / "tokenizer.json").is_file() else _build(vocabulary)
+        read_json(source / "tokenizer.json") if (source / "tokenizer.json").is_file() else vocabulary.tokenizer()
     )
     _check(tokenizer, vocabulary)
     _add_timestamps(tokenizer, vocabulary)
@@ -115,53 +184,6 @@ def _add_timestamps(tokenizer: Any, vocabulary: Vocabulary) -> None:
     for number, token in enumerate(vocabulary.tokens[first:], first):
         if number not in present:
             tokenizer["added_tokens"].append(_added(number, token, special=False))
-
-
-def _build(vocabulary: Vocabulary) -> dict[str, object]:
-    """A tokenizer.json from the tokens alone: the merges follow from the order of the ids."""
-    end, first_timestamp = vocabulary.id("<|endoftext|>"), vocabulary.id("<|notimestamps|>") + 1
-    start = vocabulary.id("<|startoftranscript|>")
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    special = [
-        _added(number, token, special=number < first_timestamp)
-        for number, token in enumerate(vocabulary.tokens[end:], end)
-    ]
-    frame = [
-        {"SpecialToken": {"id": vocabulary.tokens[number], "type_id": 0}} for number in (start, first_timestamp - 1)
-    ]
-    close = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": special,
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [*frame, {"Sequence": {"id": "A", "type_id": 0}}, close],
-            "pair": [*frame, *({"Sequence": {"id": part, "type_id": 0}} for part in "AB"), close],
-            "special_tokens": {
-                vocabulary.tokens[number]: {
-                    "id": vocabulary.tokens[number],
-                    "ids": [number],
-                    "tokens": [vocabulary.tokens[number]],
-                }
-                for number in (start, first_timestamp - 1, end)
-            },
-        },
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "vocab": {token: number for number, token in enumerate(vocabulary.tokens[:end])},
-            "merges": _merges(vocabulary.tokens[:end]),
-        },
-    }
 
 
 def _merges(tokens: tuple[str, ...]) -> list[list[str]]:
