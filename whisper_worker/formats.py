@@ -68,6 +68,11 @@ def write(transcript: Transcript, fmt: str, layout: SubtitleLayout | None = None
     raise InvalidInput(f"The format {fmt!r} is not known; use one of {', '.join(FORMATS)}.")
 
 
+def timestamp(seconds: float) -> str:
+    """``mm:ss.mmm``, with hours in front where there are any: what openai/whisper prints beside each line."""
+    return _clock(_milliseconds(seconds), ".", hours=False)
+
+
 def _vtt(cues: Iterable[_Cue]) -> str:
     blocks = ["WEBVTT\n"]
     for cue in cues:
