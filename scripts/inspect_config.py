@@ -169,11 +169,14 @@ def _naming_problems(config: Mapping[str, object], model: Mapping[str, object], 
 
 
 def _processor_problems(model: Mapping[str, object], processor: Path) -> list[str]:
+    separate, joined = processor / "preprocessor_config.json", processor / "processor_config.json"
     try:
-        extractor = json.loads((processor / "preprocessor_config.json").read_text(encoding="utf-8"))
-        mels = extractor["feature_size"]
+        if separate.is_file():
+            mels = json.loads(separate.read_text(encoding="utf-8"))["feature_size"]
+        else:  # how transformers saves it since version 5
+            mels = json.loads(joined.read_text(encoding="utf-8"))["feature_extractor"]["feature_size"]
     except (OSError, ValueError, KeyError, TypeError):
-        return ["processor/preprocessor_config.json is missing or damaged"]
+        return ["the feature extractor's configuration is missing or damaged"]
     if mels != model.get("num_mel_bins"):
         return [f"the feature extractor makes {mels} mel bands; the model takes {model.get('num_mel_bins')}"]
     return []

@@ -133,7 +133,7 @@ def _count(value: object, seen: int, depth: int) -> int:
     seen += 1
     if seen > _MAX_VALUES or depth > _MAX_DEPTH:
         raise ModelError("pipeline_config.pkl holds too many or too deeply nested values; refused.")
-    if isinstance(value, TorchValue) or type(value) in _PLAIN:
+    if type(value) in _PLAIN or (isinstance(value, TorchValue) and type(value.kind) is type(value.name) is str):
         return seen
     if type(value) is dict:
         for key, inner in value.items():

@@ -141,9 +141,10 @@ def find_model(settings: Settings) -> ModelFiles:
         return _open(directory)
     cached = []
     for directory in _models_in(roots):
-        if _is_model(directory, wanted):
-            return _open(directory)
-        cached.append(recorded_name(directory) or "a model without a name")
+        recorded = recorded_name(directory)
+        if same_model(recorded, wanted) if recorded else _has_sizes_of(directory, wanted):
+            return _open(directory, recorded or resolve(wanted).repository)
+        cached.append(recorded or "a model without a name")
     name = resolve(wanted)
     for hub in (PLATFORM_HUB, _own_hub()):
         for snapshot in _snapshots(hub, name):
@@ -228,13 +229,12 @@ def _only_model(roots: tuple[Path, ...]) -> ModelFiles:
     )
 
 
-def _open(directory: Path) -> ModelFiles:
-    """A cache directory or a plain checkpoint."""
+def _open(directory: Path, name: str | None = None) -> ModelFiles:
+    """A cache directory or a plain checkpoint; ``name`` where it is known already."""
+    name = name or recorded_name(directory) or directory.name
     if not (directory / MODEL_DIR).is_dir():
         _check_files(directory, directory)
-        return ModelFiles(
-            directory, directory, recorded_name(directory) or directory.name, None, "directory", _no_config()
-        )
+        return ModelFiles(directory, directory, name, None, "directory", _no_config())
     manifest = Manifest.read(directory)
     if manifest is not None:
         manifest.check_sizes(directory)
@@ -243,7 +243,6 @@ def _open(directory: Path) -> ModelFiles:
         processor_dir = model_dir
     _check_files(model_dir, processor_dir)
     config = _pipeline_config(directory)
-    name = recorded_name(directory) or directory.name
     if manifest is None:
         return ModelFiles(model_dir, processor_dir, name, None, "directory", config)
     return ModelFiles(model_dir, processor_dir, name, manifest.revision, manifest.source, config)
@@ -309,10 +308,7 @@ def recorded_name(directory: Path) -> str | None:
     return None
 
 
-def _is_model(directory: Path, wanted: str) -> bool:
-    recorded = recorded_name(directory)
-    if recorded is not None:
-        return same_model(recorded, wanted)
+def _has_sizes_of(directory: Path, wanted: str) -> bool:
     short = resolve(wanted).short
     return is_known(short) and has_sizes_of(read_model_config(_model_dir(directory)), short)
 
