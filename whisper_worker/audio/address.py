@@ -106,7 +106,7 @@ def parse_http_url(url: str) -> HttpUrl:
     except LocationParseError:
         raise malformed from None
     # Without brackets, zone and final dot: none of them belongs into a certificate's name or a Host header.
-    host = (parts.host or "").strip("[]").partition("%")[0].removesuffix(".")
+    host = (parts.host or "").strip("[]").partition("%")[0].removesuffix(".").lower()
     if re.search(r"[\x00-\x1f\x7f]", url) or not _HOST.fullmatch(host) or parts.scheme is None or parts.port == 0:
         raise malformed
     return HttpUrl(

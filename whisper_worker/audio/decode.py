@@ -371,7 +371,7 @@ def _failure(report: ffmpeg_child.Report, head: bytes) -> AudioDecodeError:
 def _useful_line(errors: list[str]) -> str:
     """ffmpeg's first error line that says more than that there is one, without paths, names and addresses."""
     if any("not on whitelist" in line for line in errors):
-        return "a format that may name other files is not taken"
+        return "its format is none of those taken as audio"
     general = re.compile(
         r"Error (opening|while|submitting)|Invalid data found|Conversion failed|Output file|Task finish"
     )
