@@ -151,9 +151,8 @@ def find_model(settings: Settings) -> ModelFiles:
             if _has_weights(snapshot):
                 return _open_snapshot(snapshot, name)
     there = f" (the cache holds {', '.join(cached)})" if cached else ""
-    raise ModelError(
-        f"The model {name.short} is not on this machine{there}. Run: python save_pipeline.py --model {name.short}"
-    )
+    called = name.short if is_known(name.short) else name.repository
+    raise ModelError(f"The model {called} is not on this machine{there}. Run: python save_pipeline.py --model {called}")
 
 
 def verify(files: ModelFiles) -> int:

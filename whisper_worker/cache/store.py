@@ -85,11 +85,6 @@ def require_space(directory: Path, n_bytes: int) -> None:
         )
 
 
-def size_of(directory: Path) -> int:
-    """Bytes of all files below."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
 def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.2f} GB"
 
