@@ -44,6 +44,8 @@ _REST_SECONDS = (0.3, 1.0)
 """Speech that must follow the last timestamp for the rest to be decoded: after a piece the model had
 begun and not finished, and after one that it closed (its closing time may be a little early)."""
 
+_SHORT_REST_SECONDS = 2.0
+
 _PAUSE_SECONDS = 1.0
 """A pause this long between two words ends a segment, where word times are known."""
 
@@ -151,8 +153,8 @@ class _Run:
             raise InvalidInput("The loaded model is English-only and cannot translate; load a multilingual one.")
         if options.language not in (None, "en") and not self.info.is_multilingual:
             raise InvalidInput("The loaded model knows English only; load a multilingual one or leave language out.")
-        self.spans, windows = self._cut()
-        self.times = [(span.start / SAMPLE_RATE, span.end / SAMPLE_RATE) for span in self.spans]
+        self.spans, self.sure, windows = self._cut()
+        self.times, self.sure_times = _seconds(self.spans), _seconds(self.sure)
         self.total_seconds = sum(window.seconds for window in windows)
         self.done_seconds = 0.0
         pending = [_Pending(window, options.language) for window in windows]
@@ -172,13 +174,13 @@ class _Run:
 
     # -- cutting ---------------------------------------------------------------------------
 
-    def _cut(self) -> tuple[tuple[SpeechSpan, ...], tuple[Window, ...]]:
-        """Spans to decode (speech, doubtful speech too) and the windows over them."""
+    def _cut(self) -> tuple[tuple[SpeechSpan, ...], tuple[SpeechSpan, ...], tuple[Window, ...]]:
+        """Spans to decode (speech, doubtful speech too), those of sure speech, and the windows over the former."""
         from whisper_worker.engine.features import log_mel_peak
 
         n = len(self.waveform)
         if n == 0:
-            return (), ()
+            return (), (), ()
         probabilities = self.detector.probabilities(self.waveform)
         clips = self._clips(n)
         if self.options.vad:
@@ -189,7 +191,7 @@ class _Run:
             sure = spans = clips
         windows = plan_windows(spans, probabilities, n, sure=sure)
         self.peak = log_mel_peak(self.waveform, self.info.n_mels) if windows else 0.0
-        return spans, windows
+        return spans, sure, windows
 
     def _clips(self, n_samples: int) -> tuple[SpeechSpan, ...]:
         """The parts that ``clip_timestamps`` asks for; all of it by default."""
@@ -364,11 +366,13 @@ class _Run:
             and kept.result.tokens[-1] >= self.tokenizer.timestamp_begin > kept.result.tokens[-2]
         )
         least = _REST_SECONDS[0 if unfinished else 1]
-        if read <= 0 or not one.pieces or self._speech_in(start, window.stop) < least:
+        speech = self._speech_in(start, window.stop)
+        if read <= 0 or not one.pieces or speech < least:
             return
-        first = min((max(span.start, start) for span in self.spans if span.end > start), default=start)
+        first = min((max(span.start, start) for span in self.sure if span.end > start), default=start)
         start = max(start, first - round(PAD_SECONDS * SAMPLE_RATE))
-        rest = Window(start - start % 160, window.stop, window.doubtful)
+        # The model saw the end of a short rest and said nothing: what it says now must be all the surer.
+        rest = Window(start - start % 160, window.stop, window.doubtful or speech < _SHORT_REST_SECONDS)
         if rest.start <= window.start:
             return
         again = _Pending(rest, one.language, with_prompt=one.with_prompt)
@@ -378,8 +382,8 @@ class _Run:
         self._submit(again)
 
     def _speech_in(self, start: int, stop: int) -> float:
-        """Seconds of detected speech between two samples."""
-        return sum(max(0, min(span.end, stop) - max(span.start, start)) for span in self.spans) / SAMPLE_RATE
+        """Seconds of surely detected speech between two samples."""
+        return sum(max(0, min(span.end, stop) - max(span.start, start)) for span in self.sure) / SAMPLE_RATE
 
     # -- segments --------------------------------------------------------------------------
 
@@ -389,7 +393,7 @@ class _Run:
         if words:
             start, end = words[0].start, words[-1].end
         else:
-            start, end = clip_to_speech(offset + piece.start, offset + piece.end, self.times)
+            start, end = self._clip(offset + piece.start, offset + piece.end)
         flags = set(one.flags)
         if not any(low < end and high > start for low, high in self.times):
             flags.add("text_over_silence")
@@ -409,6 +413,10 @@ class _Run:
             words=words,
             flags=tuple(sorted(flags)),
         )
+
+    def _clip(self, start: float, end: float) -> tuple[float, float]:
+        clipped = clip_to_speech(start, end, self.sure_times)
+        return clipped if clipped != (start, end) else clip_to_speech(start, end, self.times)
 
     def _with_words(self, one: _Pending, attention: torch.Tensor, probabilities: list[float]) -> list[Segment]:
         """Word times for the window's pieces; a piece is split where its words pause."""
@@ -433,7 +441,7 @@ class _Run:
             run_tokens: list[int] = []
             taken = 0
             for word, n_tokens in timed:
-                start, end = clip_to_speech(offset + word.start, offset + word.end, self.times)
+                start, end = self._clip(offset + word.start, offset + word.end)
                 if run:
                     start = max(start, run[-1].end)
                 placed = replace(word, start=start, end=max(start, end))
@@ -527,6 +535,10 @@ class _Run:
             retried_windows=self.retried,
             warnings=tuple(self.warnings),
         )
+
+
+def _seconds(spans: Sequence[SpeechSpan]) -> list[tuple[float, float]]:
+    return [(span.start / SAMPLE_RATE, span.end / SAMPLE_RATE) for span in spans]
 
 
 def _within(spans: Sequence[SpeechSpan], clips: Sequence[SpeechSpan]) -> tuple[SpeechSpan, ...]:

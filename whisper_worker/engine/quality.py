@@ -90,7 +90,7 @@ def judge(tried: Sequence[Attempt], options: TranscribeOptions, *, doubtful: boo
     repeats = (
         options.compression_ratio_threshold is not None and last.compression_ratio > options.compression_ratio_threshold
     )
-    if repeats and not low and any(other.text == last.text for other in tried[:-1]):
+    if repeats and not low and any(_folded(other.text) == _folded(last.text) for other in tried[:-1]):
         # Two ways of searching agree on the repetition: it was really said.
         return Verdict.ACCEPT
     return Verdict.RETRY if repeats or low else Verdict.ACCEPT
