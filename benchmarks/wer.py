@@ -38,12 +38,16 @@ from common import (
     score,
 )
 
+WORST_SHOWN = 8
+
 
 @dataclass(slots=True)
 class Result:
     """What one engine made of all files."""
 
     scores: dict[str, Score] = field(default_factory=lambda: defaultdict(Score))
+    files: list[tuple[Entry, Score, str]] = field(default_factory=list)
+    """What each scored file came to, with the text."""
     words_in_silence: int = 0
     failed: list[str] = field(default_factory=list)
     audio_s: float = 0.0
@@ -74,7 +78,9 @@ def measure(bench: Bench, engine_name: str, entries: list[Entry], detect_languag
             if entry.scored:
                 if "text" not in reply:
                     result.failed.append(entry.name)
-                result.scores[entry.group] += score(entry.text, text, entry.language)
+                counted = score(entry.text, text, entry.language)
+                result.scores[entry.group] += counted
+                result.files.append((entry, counted, text))
             elif words := count_words(text):
                 result.words_in_silence += words
                 say(f"  {words} words in silence: {entry.name}: {text.strip()[:200]}")
@@ -125,6 +131,9 @@ def main() -> None:
     rows += [[label, None, None, *values, *([None] if peers else [])] for label, values in totals]
     print(f"Error rates in percent; {bench.files.name}, {bench.threads} threads\n")
     print_table([*header, "margin"] if peers else header, rows)
+    print(f"\nMost errors of {engines[0]}:")
+    for entry, counted, text in sorted(main_result.files, key=lambda item: -item[1].errors)[:WORST_SHOWN]:
+        print(f"  {counted.errors} of {counted.reference}  {entry.name}: {text.strip()[:160]}")
     print_json(
         main_result.to_dict()
         | ({"peers": {name: results[name].to_dict() for name in peers}, "margin": margin} if peers else {})
