@@ -100,9 +100,10 @@ def decode(
         n_bytes = os.fstat(file.fileno()).st_size
         deadline = started + settings.decode_timeout
         job = _Job(file.fileno(), n_bytes, head, settings, directory, deadline, cancel, channel)
-        taken = job.decode_stream()
+        # A recorder that died wrote its last header some time before: the samples behind it count as well.
+        taken = job.decode_stream(options={"ignore_length": 1} if job.riff_surplus > 0.1 * n_bytes else {})
         if not taken.report.opened and path.suffix.lower() in _RAW_FORMATS:
-            taken = job.decode_stream(raw=_RAW_FORMATS[path.suffix.lower()])
+            taken = job.decode_stream(options=_RAW_FORMATS[path.suffix.lower()])
         taken = _stream_with_sound(job, taken)
     audio = _finish(taken, job)
     seconds = round(time.monotonic() - started, 3)
@@ -157,12 +158,21 @@ class _Job:
     cancel: CancelToken | None
     channel: int | None
 
-    def decode_stream(self, stream: int | None = None, raw: Mapping[str, object] | None = None) -> _Stream:
-        """One run of ffmpeg over the file."""
+    @property
+    def riff_surplus(self) -> int:
+        """Bytes that a WAV file has more (or, negative, fewer) than its header says; 0 where it says nothing."""
+        size = int.from_bytes(self.head[4:8], "little")
+        # Recorders that cannot go back write the largest number they have, or one near it.
+        if not self.head.startswith(b"RIFF") or self.head[8:12] != b"WAVE" or size == 0 or size >= 0x7FFF_0000:
+            return 0
+        return self.n_bytes - size - 8
+
+    def decode_stream(self, stream: int | None = None, options: Mapping[str, object] | None = None) -> _Stream:
+        """One run of ffmpeg over the file, with further demuxer ``options``."""
         taken = _Stream(self)
         try:
             taken.exit_status = ffmpeg_child.run(
-                ffmpeg_child.decode_command(self.descriptor, stream=stream, raw=raw),
+                ffmpeg_child.decode_command(self.descriptor, stream=stream, options=options or {}),
                 self.descriptor,
                 directory=self.directory,
                 deadline=self.deadline,
@@ -291,30 +301,27 @@ def _finish(taken: _Stream, job: _Job) -> DecodedAudio:
         warnings.append(f"audio: track {ordered.index(report.chosen) + 1} of {len(ordered)} was taken.")
     if not taken.n_samples:
         warnings.append("audio: the file holds no samples.")
-    warnings += _damage(taken, job)
     silences = _missing_stretches(report.jumps, taken.n_samples / SAMPLE_RATE)
-    n_missing = sum(seconds for _, seconds in silences)
+    missing = sum(seconds for _, seconds in silences)
+    warnings += _damage(taken, job, taken.n_samples / SAMPLE_RATE + missing)
     waveform = _insert_silence(taken, silences, job.settings) if silences else taken.waveform
     if any(position for position, _ in silences):
-        warnings.append(f"audio: {n_missing:.1f} s are missing in the file; they are kept as silence.")
+        warnings.append(f"audio: {missing:.1f} s are missing in the file; they are kept as silence.")
     codec = report.codecs.get(report.chosen if report.chosen is not None else -1, "unknown")
     return DecodedAudio(waveform, len(waveform) / SAMPLE_RATE, taken.n_channels, codec, tuple(warnings))
 
 
-def _damage(taken: _Stream, job: _Job) -> list[str]:
-    report, got = taken.report, taken.n_samples / SAMPLE_RATE
-    found = []
+def _damage(taken: _Stream, job: _Job, got: float) -> list[str]:
+    """What to tell of a file that is not whole; ``got`` is the length of what was read, gaps included."""
+    report, found = taken.report, []
     if report.n_errors or taken.exit_status:
         found.append("audio: parts of the file are damaged or cut off; what could be read was transcribed.")
     promised = report.declared_seconds
-    short = promised is not None and not report.has_video and got < promised - max(0.5, 0.01 * promised)
+    short = promised is not None and not report.has_video and got < promised - max(0.5, 0.01 * promised, report.start)
     if short and promised is not None:
         found.append(f"audio: the file's header promises {promised:.1f} s, but it holds {got:.1f} s.")
-    elif job.head.startswith(b"RIFF") and len(job.head) >= 8:
-        size = int.from_bytes(job.head[4:8], "little")
-        # Recorders that cannot go back write the largest number they have, or one near it.
-        if job.n_bytes < size + 8 and size < 0x7FFF_0000:
-            found.append("audio: the file is shorter than its header says; it may have been cut off.")
+    elif job.riff_surplus < 0:
+        found.append("audio: the file is shorter than its header says; it may have been cut off.")
     return found
 
 

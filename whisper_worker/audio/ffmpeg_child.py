@@ -52,7 +52,7 @@ _TIMELINE = (
     "st(1,ld(1)+NB_SAMPLES/SR);PTS'"
 )
 _LINE = re.compile(r"(?:\[[^\]]* @ [^\]]*\] )*\[(\w+)\] (.*)")
-_DURATION = re.compile(r"\s+Duration: (\d+):(\d+):(\d+\.\d+)")
+_DURATION = re.compile(r"\s+Duration: (\d+):(\d+):(\d+\.\d+)(?:, start: (-?\d+\.\d+))?")
 _STREAM = re.compile(r"\s+Stream #0:(\d+)\S*: (Audio|Video): (\w+)(?:.*, (\d+) kb/s)?")
 _MAPPED = re.compile(r"\s+Stream #0:(\d+) -> #0:0")
 _NUMBER = re.compile(r"nan|-?\d+\.\d+")
@@ -88,6 +88,8 @@ class Report:
     opened: bool = False
     declared_seconds: float | None = None
     """Length that the header promises; None where it is missing or a guess from the bit rate."""
+    start: float = 0.0
+    """Time stamp of the file's first frame, which some versions count into the declared length."""
     codecs: dict[int, str] = field(default_factory=dict)
     """Audio streams: index in the file to codec."""
     bit_rates: dict[int, int] = field(default_factory=dict)
@@ -127,6 +129,7 @@ class Report:
             self.opened = True
         elif self.chosen is None and (found := _DURATION.match(text)) and not self._guessed:
             self.declared_seconds = int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
+            self.start = float(found[4] or 0)
         elif self.chosen is None and (found := _MAPPED.match(text)):
             self.chosen = int(found[1])
         elif self.chosen is None and (found := _STREAM.match(text)):
@@ -146,11 +149,11 @@ class Report:
                 self._time = None
 
 
-def decode_command(descriptor: int, *, stream: int | None, raw: Mapping[str, object] | None) -> list[str]:
+def decode_command(descriptor: int, *, stream: int | None, options: Mapping[str, object]) -> list[str]:
     """Command line that decodes the file open as ``descriptor`` to 16 kHz WAV on standard output.
 
     All channels are kept. ``stream`` picks a stream by its index; without it ffmpeg takes the
-    default one, else that of most channels. ``raw`` holds the demuxer options of a headerless format.
+    default one, else that of most channels. ``options`` are the demuxer's.
     """
     import ffmpeg
 
@@ -162,9 +165,9 @@ def decode_command(descriptor: int, *, stream: int | None, raw: Mapping[str, obj
         threads=1,
         protocol_whitelist="file",
         format_whitelist=FORMATS,
-        **(raw or {}),
+        **options,
     )
-    options: dict[str, object] = {} if stream is None else {"map": f"0:{stream}"}
+    chosen: dict[str, object] = {} if stream is None else {"map": f"0:{stream}"}
     output = ffmpeg.output(
         source,
         "pipe:1",
@@ -174,7 +177,7 @@ def decode_command(descriptor: int, *, stream: int | None, raw: Mapping[str, obj
         af=_TIMELINE,
         map_metadata=-1,
         bitexact=None,
-        **options,
+        **chosen,
     )
     program = [ffmpeg_binary(), "-hide_banner", "-nostdin", "-nostats", "-loglevel", "level+info"]
     return [str(part) for part in ffmpeg.compile(output, cmd=program)]
