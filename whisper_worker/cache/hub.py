@@ -72,12 +72,14 @@ def look_up(repository: str, revision: str | None) -> Found:
 
 
 def fetch(found: Found, download: Path) -> Path:
-    """Download what is wanted into ``download`` (going on with what is there) and check the hub's sums.
+    """Download what is wanted into ``download`` (files that are whole there are kept) and check the hub's sums.
 
     Raises :class:`DownloadError` where it breaks off, :class:`ModelError` where a sum differs.
     """
     from huggingface_hub import snapshot_download
 
+    for piece in download.rglob("*.incomplete"):  # of a killed run; the library begins such a file anew
+        piece.unlink()
     try:
         snapshot_download(
             found.repository,

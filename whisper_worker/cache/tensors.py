@@ -96,7 +96,10 @@ def cast(tensors: Iterable[tuple[str, Array]], dtype: FloatType) -> dict[str, Ar
 
     Raises :class:`ModelError` where a value is not finite, or too large for float16.
     """
-    return {name: _cast(name, value, dtype) for name, value in tensors}
+    from tqdm import tqdm
+
+    shown = tqdm(tensors, desc="Importing", unit=" tensors", leave=False, disable=None)  # on a terminal only
+    return {name: _cast(name, value, dtype) for name, value in shown}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
