@@ -188,7 +188,7 @@ def install_draining_scaler() -> None:
             told = asyncio.ensure_future(self._told_to_stop.wait())
             try:
                 await asyncio.wait({poll, told}, timeout=self.jobs_fetcher_timeout, return_when=asyncio.FIRST_COMPLETED)
-                if told.done():
+                if told.done() and not self.config.get("refresh_worker"):
                     await asyncio.wait({poll}, timeout=LINGER_SECONDS)
                 if poll.done() or watched.answered:
                     return await poll or []
