@@ -544,7 +544,7 @@ def test_cancel_is_noticed_while_the_server_stalls(
     timer.start()
     with pytest.raises(Cancelled):
         fetch(AudioSource(url=server.url()), tmp_path, LOCAL, cancel)
-    assert time.monotonic() - cancelled_at[0] < 0.35
+    assert time.monotonic() - cancelled_at[0] < 0.6
     timer.join()
     ended = time.monotonic() + 2
     while any(thread.name == "download" for thread in threading.enumerate()):
