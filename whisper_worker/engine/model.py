@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whisper_worker.engine.kernels import LOG2_E, Int8Linear, Linear, attend, has_fast_bfloat16, has_int8
 from whisper_worker.engine.weights import ModelDims
 
 PAD_FRAMES = 300
@@ -25,122 +26,182 @@ MAX_FRAMES = 3000
 
 
 def resolve_compute_type(requested: str, device: torch.device) -> str:
-    """What ``requested`` becomes on ``device``.
+    """What ``requested`` becomes on ``device``: ``float32``, ``bfloat16``, ``float16`` or ``int8``.
 
-    CPUs have no fast float16 arithmetic, so float16 becomes bfloat16; where the processor lacks
-    bfloat16 products too, float32. On CUDA integer decoders bring nothing and become float16.
+    CPUs have no fast float16 arithmetic, so float16 becomes bfloat16; what the processor or this build
+    of torch lacks becomes float32. On CUDA integer weights bring nothing and become float16.
     """
     if device.type == "cuda":
         return {"auto": "float16", "int8": "float16", "int8_float16": "float16"}.get(requested, requested)
     resolved = {"auto": "int8", "int8_float16": "int8", "float16": "bfloat16"}.get(requested, requested)
-    return "float32" if resolved == "bfloat16" and not _fast_bfloat16() else resolved
-
-
-def _fast_bfloat16() -> bool:
-    return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-class _Linear:
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
-        self._weight = weight.to(device, dtype)
-        self._bias = None if bias is None else bias.to(device, dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight, self._bias)
+    if resolved == "int8":
+        return "int8" if has_int8() else "float32"
+    return "float32" if resolved == "bfloat16" and not has_fast_bfloat16() else resolved
 
 
 class _Weights:
-    """Reads tensors of a checkpoint under a prefix and builds the parts of a layer from them."""
+    """Builds the parts of a layer from a checkpoint's tensors.
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    ``dtype`` is that of the matrix products; ``stream`` that of everything added up between them.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, stream: torch.dtype, int8: bool
+    ) -> None:
         self._tensors = tensors
+        self._device = device
+        self._int8 = int8
         self.dtype = dtype
-        self.device = device
+        self.stream = stream
 
     def tensor(self, name: str) -> Tensor:
-        return self._tensors[name].to(self.device, self.dtype)
+        return self._tensors[name].to(self._device)
 
     def norm(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.tensor(name + ".weight"), self.tensor(name + ".bias")
+        return self.tensor(name + ".weight").to(self.stream), self.tensor(name + ".bias").to(self.stream)
 
-    def linear(self, *names: str, scale: float = 1.0) -> _Linear:
+    def convolution(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.tensor(name + ".weight").to(self.dtype), self.tensor(name + ".bias").to(self.dtype)
+
+    def linear(self, *names: str, scale: float = 1.0) -> Linear | Int8Linear:
         """One linear out of several side by side; ``scale`` is folded into the first of them."""
         weights, biases = [], []
         for place, name in enumerate(names):
             factor = scale if place == 0 else 1.0
-            weight = self._tensors[name + ".weight"].float() * factor
-            bias = self._tensors.get(name + ".bias")
+            weight = self.tensor(name + ".weight").float() * factor
             weights.append(weight)
             # Whisper's key projections have no bias.
-            biases.append(weight.new_zeros(weight.shape[0]) if bias is None else bias.float() * factor)
-        return _Linear(torch.cat(weights), torch.cat(biases), self.dtype, self.device)
+            biases.append(
+                self.tensor(name + ".bias").float() * factor
+                if name + ".bias" in self._tensors
+                else weight.new_zeros(weight.shape[0])
+            )
+        return self.build(torch.cat(weights), torch.cat(biases))
+
+    def build(self, weight: Tensor, bias: Tensor | None) -> Linear | Int8Linear:
+        return Int8Linear(weight, bias) if self._int8 else Linear(weight, bias, self.dtype)
 
 
 class _EncoderLayer:
-    def __init__(self, weights: _Weights, name: str, n_head: int) -> None:
+    def __init__(self, weights: _Weights, name: str, n_head: int, head_size: int) -> None:
         self._n_head = n_head
+        self._dtype = weights.dtype
         self._norm_attention = weights.norm(name + "self_attn_layer_norm")
         attention = name + "self_attn."
-        self._qkv = weights.linear(attention + "q_proj", attention + "k_proj", attention + "v_proj")
+        self._qkv = weights.linear(
+            attention + "q_proj", attention + "k_proj", attention + "v_proj", scale=LOG2_E * head_size**-0.5
+        )
         self._out = weights.linear(attention + "out_proj")
         self._norm_mlp = weights.norm(name + "final_layer_norm")
         self._up = weights.linear(name + "fc1")
         self._down = weights.linear(name + "fc2")
 
-    def __call__(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        normed = F.layer_norm(x, (width,), *self._norm_attention)
-        qkv = self._qkv(normed).view(batch, length, 3, self._n_head, width // self._n_head)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        x = x + self._out(mixed.transpose(1, 2).reshape(batch, length, width))
-        normed = F.layer_norm(x, (width,), *self._norm_mlp)
-        return x + self._down(F.gelu(self._up(normed)))
+    def __call__(self, x: Tensor) -> None:
+        """``x``: ``(length, n_audio_state)``, changed in place."""
+        length, width = x.shape
+        qkv = self._qkv(F.layer_norm(x, (width,), *self._norm_attention))
+        query, key, value = qkv.view(length, 3, self._n_head, -1).permute(1, 2, 0, 3)
+        x += self._out(attend(query, key, value).transpose(0, 1).reshape(length, width))
+        hidden = self._up(F.layer_norm(x, (width,), *self._norm_mlp))
+        x += self._down(F.gelu(hidden))
 
 
 class _Encoder:
     def __init__(self, dims: ModelDims, weights: _Weights) -> None:
-        self._conv1 = weights.norm("encoder.conv1")
-        self._conv2 = weights.norm("encoder.conv2")
-        self._positions = weights.tensor("encoder.embed_positions.weight")
+        self._dtype = weights.dtype
+        self._conv1 = weights.convolution("encoder.conv1")
+        self._conv2 = weights.convolution("encoder.conv2")
+        self._positions = weights.tensor("encoder.embed_positions.weight").to(weights.stream)
+        head_size = dims.n_audio_state // dims.n_audio_head
         self._layers = [
-            _EncoderLayer(weights, f"encoder.layers.{index}.", dims.n_audio_head) for index in range(dims.n_audio_layer)
+            _EncoderLayer(weights, f"encoder.layers.{index}.", dims.n_audio_head, head_size)
+            for index in range(dims.n_audio_layer)
         ]
         self._norm = weights.norm("encoder.layer_norm")
 
     def __call__(self, mel: Tensor) -> Tensor:
-        """``mel``: ``(batch, n_mels, frames)``, frames even. Gives ``(batch, frames / 2, n_audio_state)``."""
-        x = F.gelu(F.conv1d(mel.to(self._positions.dtype), *self._conv1, padding=1))
-        x = F.gelu(F.conv1d(x, *self._conv2, stride=2, padding=1)).transpose(1, 2)
-        x = x + self._positions[: x.shape[1]]
+        """``mel``: ``(n_mels, frames)``, frames even. Gives ``(frames / 2, n_audio_state)``."""
+        x = F.gelu(F.conv1d(mel[None].to(self._dtype), *self._conv1, padding=1))
+        x = F.gelu(F.conv1d(x, *self._conv2, stride=2, padding=1))[0].T
+        x = torch.add(self._positions[: x.shape[0]], x)
         for layer in self._layers:
-            x = layer(x)
-        return F.layer_norm(x, x.shape[-1:], *self._norm)
+            layer(x)
+        return F.layer_norm(x, x.shape[-1:], *self._norm).to(self._dtype)
 
 
 class _DecoderLayer:
-    def __init__(self, weights: _Weights, name: str, head_size: int) -> None:
-        scale = head_size**-0.5
-        self.norm_self = weights.norm(name + "self_attn_layer_norm")
+    """``cross_dtype`` is the encoder's: cross-attention reads its output as it is (see :meth:`attend_cross`)."""
+
+    def __init__(self, weights: _Weights, name: str, n_head: int, cross_dtype: torch.dtype) -> None:
+        self._n_head = n_head
+        self._norm_self = weights.norm(name + "self_attn_layer_norm")
         attention = name + "self_attn."
-        self.qkv = weights.linear(attention + "q_proj", attention + "k_proj", attention + "v_proj", scale=scale)
-        self.out = weights.linear(attention + "out_proj")
-        self.norm_cross = weights.norm(name + "encoder_attn_layer_norm")
+        width = weights.tensor(attention + "k_proj.weight").shape[0]
+        self._head_size = width // n_head
+        scale = self._head_size**-0.5
+        self._qkv = weights.linear(attention + "q_proj", attention + "k_proj", attention + "v_proj", scale=scale)
+        self._out = weights.linear(attention + "out_proj")
+        self._norm_cross = weights.norm(name + "encoder_attn_layer_norm")
         attention = name + "encoder_attn."
-        self.cross_query = weights.linear(attention + "q_proj", scale=scale)
-        self.cross_key = weights.linear(attention + "k_proj")
-        self.cross_value = weights.linear(attention + "v_proj")
-        self.cross_out = weights.linear(attention + "out_proj")
-        self.norm_mlp = weights.norm(name + "final_layer_norm")
-        self.up = weights.linear(name + "fc1")
-        self.down = weights.linear(name + "fc2")
+        self._cross_query = weights.linear(attention + "q_proj", scale=scale)
+        by_head = (n_head, self._head_size, width)
+        self._cross_key = weights.tensor(attention + "k_proj.weight").to(cross_dtype).view(by_head)
+        value = weights.tensor(attention + "v_proj.weight")
+        self._cross_value = value.to(cross_dtype).view(by_head).transpose(1, 2).contiguous()
+        out = weights.tensor(attention + "out_proj.weight").float()
+        # Weights of attention sum to one, so the bias of the values comes out as it is.
+        bias = weights.tensor(attention + "out_proj.bias").float()
+        bias = bias + out @ weights.tensor(attention + "v_proj.bias").float()
+        self._cross_out = weights.build(out, bias)
+        self._norm_mlp = weights.norm(name + "final_layer_norm")
+        self._up = weights.linear(name + "fc1")
+        self._down = weights.linear(name + "fc2")
+
+    def attend_self(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
+        """``keys`` and ``values``: ``(windows, heads, length, rows of a window, head size)``.
+
+        Their last places are filled from ``x`` first. ``mask``: see :meth:`DecoderState._mask_of_rows`.
+        """
+        rows, n, width = x.shape
+        windows = keys.shape[0]
+        qkv = self._qkv(F.layer_norm(x, (width,), *self._norm_self)).to(keys.dtype)
+        query, key, value = qkv.view(windows, -1, n, 3, self._n_head, self._head_size).unbind(3)
+        keys[:, :, -n:] = key.permute(0, 3, 2, 1, 4)
+        values[:, :, -n:] = value.permute(0, 3, 2, 1, 4)
+        mixed = F.scaled_dot_product_attention(
+            query.flatten(1, 2).transpose(1, 2), keys.flatten(2, 3), values.flatten(2, 3), mask, scale=1.0
+        )
+        x += self._out(mixed.transpose(1, 2).reshape(rows, n, width))
+
+    def attend_cross(self, x: Tensor, encoded: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention over the encoder's output ``(windows, positions, width)``, without keys and values of it.
+
+        A score is q (W e) = (q W) e: instead of projecting every position for every layer, each head's
+        query is taken into the encoder's space, and the weighted sum of positions is projected after it.
+        That is more arithmetic a step but no work or memory in advance, and all layers read the same small
+        matrix, a matrix product of heads by positions for each window. Gives the weights
+        ``(windows, rows of a window x n x heads, positions)``.
+        """
+        rows, n, width = x.shape
+        windows = encoded.shape[0]
+        query = self._cross_query(F.layer_norm(x, (width,), *self._norm_cross))
+        query = query.to(encoded.dtype).view(rows * n, self._n_head, self._head_size)
+        absorbed = torch.bmm(query.transpose(0, 1), self._cross_key).transpose(0, 1)
+        scores = torch.bmm(absorbed.reshape(windows, -1, width), encoded.transpose(1, 2))
+        if mask is not None:
+            scores += mask
+        weights = torch.softmax(scores, dim=-1)
+        mixed = torch.bmm(weights, encoded).view(rows * n, self._n_head, width)
+        mixed = torch.bmm(mixed.transpose(0, 1), self._cross_value).transpose(0, 1)
+        x += self._cross_out(mixed.reshape(rows, n, width).to(x.dtype))
+        return weights
+
+    def feed_forward(self, x: Tensor) -> None:
+        x += self._down(F.gelu(self._up(F.layer_norm(x, x.shape[-1:], *self._norm_mlp))))
 
 
 class WhisperModel:
-    """A loaded checkpoint.
-
-    ``compute_type`` names what runs: ``float32``, ``bfloat16``, ``float16`` or ``int8``.
-    """
+    """A loaded checkpoint. ``compute_type`` names what runs (see :func:`resolve_compute_type`)."""
 
     def __init__(self, dims: ModelDims, tensors: Mapping[str, Tensor], compute_type: str, device: torch.device) -> None:
         """``tensors``: the checkpoint's, by Hugging Face's names without the leading ``model.``.
@@ -150,24 +211,24 @@ class WhisperModel:
         self.dims = dims
         self.device = device
         self.compute_type = resolve_compute_type(compute_type, device)
-        half = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-        if self.compute_type == "int8":
-            encoder_dtype = torch.bfloat16 if _fast_bfloat16() else torch.float32
-            decoder_dtype = torch.float32
+        int8 = self.compute_type == "int8"
+        if int8:
+            dtype = torch.bfloat16 if has_fast_bfloat16() else torch.float32
         else:
-            encoder_dtype = decoder_dtype = half[self.compute_type]
-        self._encoder = _Encoder(dims, _Weights(tensors, encoder_dtype, device))
-        weights = _Weights(tensors, decoder_dtype, device)
-        self.cross_dtype = encoder_dtype
-        self.embedding = weights.tensor("decoder.embed_tokens.weight")
-        self.positions = weights.tensor("decoder.embed_positions.weight")
-        head = tensors.get("proj_out.weight", tensors["decoder.embed_tokens.weight"])
-        self.head = _Linear(head, None, decoder_dtype, device)
-        self.norm = weights.norm("decoder.layer_norm")
-        self.head_size = dims.n_text_state // dims.n_text_head
-        self.layers = [
-            _DecoderLayer(weights, f"decoder.layers.{index}.", self.head_size) for index in range(dims.n_text_layer)
+            dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[self.compute_type]
+        # On a CPU sums cost nothing beside products, so they keep float32.
+        stream = torch.float32 if device.type == "cpu" else dtype
+        self._encoder = _Encoder(dims, _Weights(tensors, device, dtype, stream, int8=False))
+        weights = _Weights(tensors, device, dtype, stream, int8)
+        self._embedding = weights.tensor("decoder.embed_tokens.weight")
+        self._positions = weights.tensor("decoder.embed_positions.weight").to(stream)
+        self._layers = [
+            _DecoderLayer(weights, f"decoder.layers.{index}.", dims.n_text_head, dtype)
+            for index in range(dims.n_text_layer)
         ]
+        self._norm = weights.norm("decoder.layer_norm")
+        tied = "proj_out.weight" not in tensors
+        self._head = weights.build(weights.tensor("decoder.embed_tokens.weight" if tied else "proj_out.weight"), None)
 
     @torch.inference_mode()
     def encode(self, mels: Sequence[Tensor]) -> list[Tensor]:
@@ -176,11 +237,11 @@ class WhisperModel:
         ``mels``: float32 ``(n_mels, n_frames <= 3000)``, scaled as ``features.log_mel`` gives them. Each is
         padded with silence (its own floor) by :data:`PAD_FRAMES` or more, up to 30 s in all.
         """
-        return [self._encoder(_pad(mel)[None].to(self.device))[0] for mel in mels]
+        return [self._encoder(_pad(mel).to(self.device)) for mel in mels]
 
     @torch.inference_mode()
     def new_state(self, encoded: Sequence[Tensor], rows_per_window: int, max_tokens: int) -> DecoderState:
-        """Caches for ``rows_per_window`` sequences of up to ``max_tokens`` tokens over each encoded window."""
+        """A decoder for ``rows_per_window`` sequences of up to ``max_tokens`` tokens over each encoded window."""
         return DecoderState(self, encoded, rows_per_window, max_tokens)
 
     @torch.inference_mode()
@@ -192,10 +253,24 @@ class WhisperModel:
         Gives the softmaxed weights of ``heads`` (layer, head) as float32 ``(batch, n_heads, n, positions)``, zero
         beyond a window's own positions, and the logits ``(batch, n, n_vocab)``.
         """
-        state = DecoderState(self, encoded, 1, tokens.shape[1])
-        kept: dict[int, Tensor] = {layer: torch.empty(0) for layer, _ in heads}
-        logits = state.step(tokens, range(tokens.shape[1]), kept)
-        return torch.stack([kept[layer][:, head] for layer, head in heads], dim=1), logits
+        batch, n = tokens.shape
+        weights: dict[int, Tensor] = {}
+        hidden = DecoderState(self, encoded, 1, n).forward(tokens, weights)
+        by_layer = {layer: weights[layer].view(batch, n, self.dims.n_text_head, -1) for layer, _ in heads}
+        attention = torch.stack([by_layer[layer][:, :, head] for layer, head in heads], dim=1)
+        return attention.float(), self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits ``(..., n_vocab)`` of the last layer's output."""
+        return self._head(F.layer_norm(hidden, hidden.shape[-1:], *self._norm)).float()
+
+    def embed(self, tokens: Tensor, first: int) -> Tensor:
+        """Input ``(rows, n, width)`` of the first layer for ``tokens`` ``(rows, n)`` at positions from ``first`` on."""
+        return torch.add(self._positions[first : first + tokens.shape[1]], self._embedding[tokens])
+
+    @property
+    def layers(self) -> Sequence[_DecoderLayer]:
+        return self._layers
 
 
 def _pad(mel: Tensor) -> Tensor:
@@ -204,10 +279,10 @@ def _pad(mel: Tensor) -> Tensor:
 
 
 class DecoderState:
-    """The decoder's memory of a batch: keys and values of the windows and of the tokens so far.
+    """The decoder's memory of a batch: the encoded windows, and keys and values of the tokens so far.
 
-    Row ``window * rows_per_window + k`` is the k-th sequence of a window. What belongs to a window is
-    kept once, however many sequences share it.
+    Row ``window * rows_per_window + k`` is the k-th sequence of a window. A window is kept once, however
+    many sequences share it.
     """
 
     def __init__(self, model: WhisperModel, encoded: Sequence[Tensor], rows_per_window: int, max_tokens: int) -> None:
@@ -215,93 +290,77 @@ class DecoderState:
         self.n_windows = len(encoded)
         self.rows_per_window = rows_per_window
         self.length = 0
-        dims = model.dims
-        dtype = model.embedding.dtype
-        n_positions = [states.shape[0] for states in encoded]
+        n_positions = [len(states) for states in encoded]
         longest = max(n_positions)
+        self._encoded = torch.stack([F.pad(states, (0, 0, 0, longest - len(states))) for states in encoded])
         self._mask: Tensor | None = None
         if min(n_positions) < longest:
-            positions = torch.arange(longest, device=model.device)
-            beyond = positions >= torch.tensor(n_positions, device=model.device)[:, None]
-            self._mask = torch.zeros(beyond.shape, device=model.device).masked_fill_(beyond, -math.inf)[:, None, None]
-        shape = (self.n_windows, dims.n_text_head, longest, model.head_size)
-        self._cross: list[tuple[Tensor, Tensor]] = []
-        for layer in model.layers:
-            key = torch.zeros(shape, dtype=model.cross_dtype, device=model.device)
-            value = torch.zeros_like(key)
-            for window, states in enumerate(encoded):
-                states = states.to(dtype)
-                split = (states.shape[0], dims.n_text_head, model.head_size)
-                key[window, :, : states.shape[0]] = layer.cross_key(states).view(split).transpose(0, 1)
-                value[window, :, : states.shape[0]] = layer.cross_value(states).view(split).transpose(0, 1)
-            self._cross.append((key.transpose(2, 3), value))
-        shape = (self.n_windows * rows_per_window, dims.n_text_head, max_tokens, model.head_size)
-        self._self = [
-            (torch.zeros(shape, dtype=dtype, device=model.device), torch.zeros(shape, dtype=dtype, device=model.device))
-            for _ in model.layers
-        ]
+            self._mask = self._encoded.new_zeros(self.n_windows, 1, longest)
+            for window, length in enumerate(n_positions):
+                self._mask[window, :, length:] = -math.inf
+        dims = model.dims
+        head_size = dims.n_text_state // dims.n_text_head
+        # Keys and values of all layers in one block.
+        shape = (dims.n_text_layer, 2, self.n_windows, dims.n_text_head, max_tokens, rows_per_window, head_size)
+        dtype = torch.float32 if model.device.type == "cpu" else self._encoded.dtype
+        self._cache = torch.empty(shape, dtype=dtype, device=model.device)
+        # The row of its window under which each row's token at each position was computed: (rows, position).
+        self._written_by = torch.empty(self.n_windows * rows_per_window, 0, dtype=torch.long, device=model.device)
 
     @torch.inference_mode()
-    def step(
-        self, tokens: Tensor, logits_at: Sequence[int] = (-1,), attention: dict[int, Tensor] | None = None
-    ) -> Tensor:
-        """Append ``tokens`` ``(rows, n)``; gives float32 logits ``(rows, len(logits_at), n_vocab)`` at those of the n.
+    def step(self, tokens: Tensor, logits_at: Sequence[int] = (-1,)) -> Tensor:
+        """Append ``tokens`` ``(rows, n)``.
 
-        ``attention``: cross-attention weights of the layers that are its keys are put there.
+        Gives float32 logits ``(rows, len(logits_at), n_vocab)`` at those of the n.
         """
-        model = self._model
-        n = tokens.shape[1]
-        first, self.length = self.length, self.length + n
-        x = model.embedding[tokens] + model.positions[first : self.length]
-        width = (x.shape[-1],)
-        for index, layer in enumerate(model.layers):
-            mixed = self._attend_self(index, layer.qkv(F.layer_norm(x, width, *layer.norm_self)), first)
-            x = x + layer.out(mixed)
-            query = layer.cross_query(F.layer_norm(x, width, *layer.norm_cross))
-            mixed, weights = self._attend_cross(index, query)
-            if attention is not None and index in attention:
-                attention[index] = weights
-            x = x + layer.cross_out(mixed)
-            x = x + layer.down(F.gelu(layer.up(F.layer_norm(x, width, *layer.norm_mlp))))
-        return model.head(F.layer_norm(x[:, list(logits_at)], width, *model.norm)).float()
+        return self._model.logits(self.forward(tokens)[:, list(logits_at)])
 
-    def _attend_self(self, index: int, qkv: Tensor, first: int) -> Tensor:
-        rows, n, _ = qkv.shape
-        model = self._model
-        query, key, value = qkv.view(rows, n, 3, model.dims.n_text_head, model.head_size).permute(2, 0, 3, 1, 4)
-        keys, values = self._self[index]
-        keys[:, :, first : self.length] = key
-        values[:, :, first : self.length] = value
-        mask = None
-        if n > 1:
-            mask = torch.ones(n, self.length, dtype=torch.bool, device=qkv.device).tril(first)
-        mixed = F.scaled_dot_product_attention(
-            query, keys[:, :, : self.length], values[:, :, : self.length], mask, scale=1.0
-        )
-        return mixed.transpose(1, 2).reshape(rows, n, -1)
+    def forward(self, tokens: Tensor, cross_weights: dict[int, Tensor] | None = None) -> Tensor:
+        """Append ``tokens``; gives the last layer's output ``(rows, n, width)``.
 
-    def _attend_cross(self, index: int, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of one window share its keys, so they are queries side by side of one product."""
-        rows, n, width = query.shape
-        model = self._model
-        key, value = self._cross[index]
-        query = query.view(self.n_windows, -1, model.dims.n_text_head, model.head_size).transpose(1, 2)
-        scores = torch.matmul(query.to(key.dtype), key).float()
-        if self._mask is not None:
-            scores += self._mask
-        weights = torch.softmax(scores, dim=-1)
-        mixed = torch.matmul(weights.to(value.dtype), value).to(query.dtype)
-        return mixed.transpose(1, 2).reshape(rows, n, width), weights
+        Into ``cross_weights`` go the weights of cross-attention by layer, as ``_DecoderLayer.attend_cross`` gives them.
+        """
+        rows, n = tokens.shape
+        x = self._model.embed(tokens, self.length)
+        self.length += n
+        own = torch.arange(rows, device=x.device).remainder_(self.rows_per_window)
+        self._written_by = torch.cat([self._written_by, own[:, None].expand(rows, n)], dim=1)
+        mask = self._mask_of_rows(n)
+        for index, layer in enumerate(self._model.layers):
+            keys, values = self._cache[index, :, :, :, : self.length]
+            layer.attend_self(x, keys, values, mask)
+            weights = layer.attend_cross(x, self._encoded, self._mask)
+            if cross_weights is not None:
+                cross_weights[index] = weights
+            layer.feed_forward(x)
+        return x
 
+    def _mask_of_rows(self, n: int) -> Tensor | None:
+        """Which entries of its window's cache each of the last ``n`` tokens of a row may see.
+
+        Rows that are reordered leave their past where it is, as it would cost more to move it than to look
+        past the other rows' entries. ``(windows, 1, rows of a window x n, length x rows of a window)``.
+        """
+        if n == 1 and self.rows_per_window == 1:
+            return None
+        device = self._written_by.device
+        written_by = self._written_by.view(self.n_windows, self.rows_per_window, 1, self.length, 1)
+        mine = written_by == torch.arange(self.rows_per_window, device=device)
+        earlier = torch.ones(n, self.length, dtype=torch.bool, device=device).tril(self.length - n)
+        return (mine & earlier[:, :, None]).flatten(3, 4).flatten(1, 2)[:, None]
+
+    @torch.inference_mode()
     def reorder_rows(self, index: Tensor) -> None:
         """Row ``i`` continues the sequence of row ``index[i]`` (of the same window): beam search."""
-        self._self = [(key[index], value[index]) for key, value in self._self]
+        self._written_by = self._written_by[index]
 
+    @torch.inference_mode()
     def keep_windows(self, index: Tensor) -> None:
         """Only the windows ``index`` stay, in that order; the others leave with their rows."""
-        rows = index[:, None] * self.rows_per_window + torch.arange(self.rows_per_window, device=index.device)
-        self.reorder_rows(rows.flatten())
-        self._cross = [(key[index], value[index]) for key, value in self._cross]
+        written_by = self._written_by.view(self.n_windows, self.rows_per_window, -1)
+        self._written_by = written_by[index].flatten(0, 1)
+        self._cache = self._cache[:, :, index]
+        self._encoded = self._encoded[index]
         if self._mask is not None:
             self._mask = self._mask[index]
-        self.n_windows = index.shape[0]
+        self.n_windows = len(index)

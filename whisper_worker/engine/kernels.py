@@ -1,0 +1,146 @@
+"""The few operations the forward pass spends its time in, as fast as plain torch can do them.
+
+docs/benchmarks.md ("CPU kernels") has the figures, and what was tried and lost.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_QUERY_BLOCK = 128
+"""Queries whose scores are held at a time: few enough for a core's cache, many enough for a matrix product."""
+
+LOG2_E = math.log2(math.e)
+
+
+@lru_cache(maxsize=1)
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do by its Linux names; empty where that cannot be read."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    return frozenset(
+        next((line.split(":", 1)[1] for line in text.splitlines() if line.startswith("flags")), "").split()
+    )
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether products of bfloat16 run at matrix speed, rather than being emulated in float32."""
+    return not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
+
+
+@lru_cache(maxsize=1)
+def has_int8() -> bool:
+    """Whether this build of torch has the integer product for this processor."""
+    try:
+        Int8Linear(torch.eye(4), torch.zeros(4))(torch.ones(1, 4))
+    except (RuntimeError, AttributeError):
+        return False
+    return True
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed blocks for the next use.
+
+    By default every block of some hundred kilobytes goes back to the system when it is freed, and
+    its pages are cleared and mapped anew at the next call: a fifth of the encoder's time.
+    """
+    mmap_threshold, trim_threshold = -3, -1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # not glibc
+    mallopt(mmap_threshold, 32 * 2**20)
+    mallopt(trim_threshold, 256 * 2**20)
+
+
+class Linear:
+    """``x @ weight.T + bias`` in the precision of ``dtype``."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self._weight = weight.to(dtype)
+        self._bias = None if bias is None else bias.to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self._weight.dtype), self._weight, self._bias)
+
+
+class Int8Linear:
+    """The same with 8-bit weights, scaled by output, and 8-bit inputs, scaled by row as they come.
+
+    A scale for each row, not one for the batch: what a row gives does not depend on its neighbours.
+    """
+
+    _ZERO = 128
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        weight = weight.float()
+        scale = weight.abs().amax(dim=1).div_(127).clamp_(min=1e-12)
+        self._weight = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round_().to(torch.int8), None)
+        self._scale = scale
+        self._zero_points = torch.zeros(len(scale), dtype=torch.long)
+        self._bias = None if bias is None else bias.float()
+        # Without VNNI pairs of products are summed in 16 bits, where full 8-bit inputs would overflow.
+        self._levels = 127 if not cpu_flags().isdisjoint({"avx512_vnni", "avx_vnni"}) else 63
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x``: float32 ``(..., n_in)``."""
+        step = x.abs().amax(dim=-1, keepdim=True).div_(self._levels).clamp_(min=1e-12)
+        # Conversion truncates: the half makes it round.
+        quantised = (x / step).add_(self._ZERO + 0.5).to(torch.uint8)
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+            quantised,
+            1.0,
+            self._ZERO,
+            self._weight,
+            self._scale,
+            self._zero_points,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        product *= step
+        return product if self._bias is None else product.add_(self._bias)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of every position to every position: ``(heads, length, head size)`` each, and the result.
+
+    ``query`` is scaled already, so that weights are powers of *two* of the scores.
+    """
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        return _attend_in_blocks(query, key.contiguous(), value.contiguous())
+    return F.scaled_dot_product_attention(query[None], key[None], value[None], scale=1 / LOG2_E)[0]
+
+
+def _attend_in_blocks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Both products at matrix speed, no pass to find a row's maximum, one division of the result by the row's sum.
+
+    bfloat16 has float32's range, so powers of two need the maximum only where scores pass 127. A block
+    in which that happens shows by its sums and is done again with the maximum taken off.
+    """
+    out = torch.empty(query.shape[1], query.shape[0], query.shape[2], dtype=query.dtype).transpose(0, 1)
+    transposed = key.transpose(1, 2)
+    for begin in range(0, query.shape[1], _QUERY_BLOCK):
+        block = query[:, begin : begin + _QUERY_BLOCK]
+        weights = torch.bmm(block, transposed).exp2_()
+        total = weights.sum(dim=-1, keepdim=True)
+        least, most = torch.aminmax(total)
+        if not 0 < float(least) <= float(most) < math.inf:
+            scores = torch.bmm(block, transposed)
+            weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp2_()
+            total = weights.sum(dim=-1, keepdim=True)
+        torch.div(torch.bmm(weights, value), total, out=out[:, begin : begin + _QUERY_BLOCK])
+    return out
