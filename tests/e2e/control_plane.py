@@ -56,6 +56,8 @@ class ControlPlane:
         self.unhealthy: list[dict[str, str]] = []
         """What a worker said that would not start."""
         self.bucket: dict[str, bytes] = {}
+        self.body_delay = 0.0
+        """Seconds between the head and the body of an answer with jobs."""
         self.open_polls = 0
         self.slow_requests = 0
         """Downloads of ``/slow`` that are going on."""
@@ -156,13 +158,21 @@ class ControlPlane:
             self.jobs[job["id"]].taken += 1
         return taken
 
-    async def _take_one(self, request: web.Request) -> web.Response:
+    async def _take_one(self, request: web.Request) -> web.StreamResponse:
         jobs = await self._hand_out(1)
-        return web.json_response(jobs[0]) if jobs else web.Response(status=204)
+        return await self._jobs(request, jobs[0] if jobs else None)
 
-    async def _take_many(self, request: web.Request) -> web.Response:
-        jobs = await self._hand_out(int(request.query["batch_size"]))
-        return web.json_response(jobs) if jobs else web.Response(status=204)
+    async def _take_many(self, request: web.Request) -> web.StreamResponse:
+        return await self._jobs(request, await self._hand_out(int(request.query["batch_size"])) or None)
+
+    async def _jobs(self, request: web.Request, jobs: object) -> web.StreamResponse:
+        if jobs is None:
+            return web.Response(status=204)
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        await asyncio.sleep(self.body_delay)
+        await response.write(json.dumps(jobs).encode())
+        return response
 
     async def _stop_signals(self, request: web.Request) -> web.Response:
         with contextlib.suppress(asyncio.TimeoutError):

@@ -169,7 +169,9 @@ async def test_a_job_handed_out_after_sigterm_is_run(plane: ControlPlane, worker
         await plane.until(lambda: plane.jobs["before"].taken and plane.open_polls)
         process.send_signal(signal.SIGTERM)
         await asyncio.sleep(1)
-        await plane.submit("after", **submitted_as("sleep 4"))
+        # Its answer has begun when the worker would end the request, and is complete only later.
+        plane.body_delay = LINGER_SECONDS
+        await plane.submit("after", **submitted_as("sleep 1"))
         await plane.until(lambda: plane.jobs["after"].taken, 2)
         await plane.submit("too late", **submitted_as(""))
         await leaves(process, 15)
