@@ -13,7 +13,8 @@ def tried(text: str, logprob: float = -0.3, no_speech: float = 0.01, temperature
 
 
 def judge(*attempts: Attempt, doubtful: bool = False, options: TranscribeOptions | None = None) -> Verdict:
-    return quality.judge(attempts, options or TranscribeOptions(), doubtful=doubtful)
+    options = options or TranscribeOptions()
+    return quality.judge(attempts, quality.ladder(options, ()), options, doubtful=doubtful)
 
 
 def test_the_ladder_is_greedy_then_beam_then_hotter() -> None:
@@ -44,6 +45,21 @@ def test_plain_text_is_accepted_and_a_weak_one_tried_again() -> None:
     assert judge(tried("a plain sentence")) is Verdict.ACCEPT
     assert judge(tried("a weak sentence", logprob=-1.4)) is Verdict.RETRY
     assert judge(tried("loop " * 60)) is Verdict.RETRY
+
+
+def test_a_greedy_decode_that_is_unsure_is_searched_by_beams_once() -> None:
+    assert judge(tried("perhaps this", logprob=-0.6)) is Verdict.RETRY
+    assert judge(tried("perhaps this", logprob=-0.6), tried("perhaps that", logprob=-0.55)) is Verdict.ACCEPT
+    only_greedy = TranscribeOptions(temperature_increment_on_fallback=None)
+    assert judge(tried("perhaps this", logprob=-0.6), options=only_greedy) is Verdict.ACCEPT
+    assert judge(tried("perhaps this", logprob=-0.6), options=TranscribeOptions(beam_size=2)) is Verdict.ACCEPT
+
+
+def test_two_searches_that_run_in_the_same_loop_prove_nothing() -> None:
+    """Greedy and beam once agreed on 170 invented words, and were believed."""
+    loop = quality.attempt(DecodingResult((1,), -0.1, 0.0, 0.0), "and then " * 80, loop=True)
+    assert judge(loop, loop) is Verdict.RETRY
+    assert quality.best([loop, tried("what was said", -0.9)], TranscribeOptions()).text == "what was said"
 
 
 def test_thresholds_can_be_turned_off() -> None:

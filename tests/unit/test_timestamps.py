@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from whisper_worker.engine.timestamps import clip_to_speech, cut_pieces, token_times, warp
+from whisper_worker.engine.timestamps import clip_segment, clip_word, cut_pieces, token_times, warp
 
 
 class Script:
@@ -102,8 +102,23 @@ def test_token_times_follow_the_attention() -> None:
     assert (np.diff(times) > 0).all()
 
 
-def test_clip_moves_an_interval_into_its_sound() -> None:
+def test_a_word_moves_into_its_sound() -> None:
     spans = [(1.0, 2.0), (5.0, 6.0)]
-    assert clip_to_speech(2.5, 5.8, spans) == (5.0, 5.8)
-    assert clip_to_speech(1.5, 4.9, spans) == (1.5, 2.0)
-    assert clip_to_speech(3.0, 4.0, spans) == (3.0, 4.0)
+    assert clip_word(2.5, 5.8, spans) == (5.0, 5.8)
+    assert clip_word(1.5, 4.9, spans) == (1.5, 2.0)
+    assert clip_word(3.0, 4.0, spans) == (3.0, 4.0)
+
+
+def test_a_segment_keeps_all_of_its_speech() -> None:
+    """A sentence with a pause inside was once cut down to its longer half."""
+    spans = [(1.0, 2.0), (3.0, 6.0)]
+    assert clip_segment(0.0, 7.0, spans) == (1.0, 6.0)
+    assert clip_segment(0.0, 2.5, spans) == (1.0, 2.0)
+    assert clip_segment(8.0, 9.0, spans) == (8.0, 9.0)
+
+
+def test_a_segment_lets_go_of_its_neighbours_speech() -> None:
+    spans = [(3.1, 4.2), (5.7, 6.8), (8.3, 9.4)]
+    assert clip_segment(4.0, 7.0, spans) == (5.7, 6.8)
+    assert clip_segment(2.0, 5.8, spans) == (3.1, 4.2)
+    assert clip_segment(4.1, 4.3, spans) == (4.1, 4.2)

@@ -25,7 +25,7 @@ from whisper_worker.engine import quality
 from whisper_worker.engine.quality import Attempt, Verdict
 from whisper_worker.engine.recognizer import DecodingOptions, ModelInfo
 from whisper_worker.engine.scheduler import Job, Priority, Scheduler, Work
-from whisper_worker.engine.timestamps import Piece, clip_to_speech, cut_pieces, token_times, words_of
+from whisper_worker.engine.timestamps import Piece, clip_segment, clip_word, cut_pieces, token_times, words_of
 from whisper_worker.errors import InvalidInput
 from whisper_worker.types import SAMPLE_RATE, CancelToken, Progress, Segment, TranscribeOptions, Word
 
@@ -51,6 +51,9 @@ _PAUSE_SECONDS = 1.0
 
 _GAP_SECONDS = 1.0
 """Least length of detected speech without text that the receipt reports."""
+
+
+_Clip = Callable[[float, float, Sequence[tuple[float, float]]], tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,8 +310,10 @@ class _Run:
             self._complete(one, self._with_words(one, *work.result))
             return
         text = self.tokenizer.decode(work.result.tokens).strip()
-        one.tried.append(quality.attempt(work.result, text))
-        verdict = quality.judge(one.tried, self.options, doubtful=one.window.doubtful)
+        said = [token for token in work.result.tokens if token < self.tokenizer.eot]
+        loop = quality.is_loop(said, self._speech_in(one.window.start, one.window.stop))
+        one.tried.append(quality.attempt(work.result, text, loop=loop))
+        verdict = quality.judge(one.tried, self.attempts, self.options, doubtful=one.window.doubtful)
         if verdict is Verdict.RETRY and len(one.tried) < len(self.attempts):
             if len(one.tried) == 1:
                 self.retried += 1
@@ -317,7 +322,10 @@ class _Run:
         if verdict is Verdict.SILENCE:
             self._complete(one, [])
             return
-        kept = one.tried[-1] if verdict is Verdict.ACCEPT else quality.best(one.tried, self.options)
+        repeated = verdict is Verdict.ACCEPT and one.tried[-1].compression_ratio > (
+            self.options.compression_ratio_threshold or float("inf")
+        )
+        kept = one.tried[-1] if repeated else quality.best(one.tried, self.options)
         if one.with_prompt and quality.is_prompt_echo(kept.text, self.prompt_text):
             # Was it said, or is it the prompt read back? Without the prompt only the first can happen.
             one.with_prompt = False
@@ -344,7 +352,7 @@ class _Run:
         if failed and options.logprob_threshold is not None and kept.result.avg_logprob < options.logprob_threshold:
             one.flags.add("low_logprob")
         limit = options.compression_ratio_threshold
-        if failed and limit is not None and kept.compression_ratio > limit:
+        if kept.loop or (failed and limit is not None and kept.compression_ratio > limit):
             one.flags.add("loop")
 
     def _pieces(self, one: _Pending, kept: Attempt) -> tuple[list[Piece], float]:
@@ -352,9 +360,6 @@ class _Run:
         if self.options.without_timestamps:
             return ([Piece(0.0, seconds, kept.result.tokens)] if kept.text else []), seconds
         pieces, read = cut_pieces(kept.result.tokens, self.tokenizer, seconds)
-        text_tokens = [token for token in kept.result.tokens if token < self.tokenizer.eot]
-        if quality.is_loop(text_tokens, self._speech_in(one.window.start, one.window.stop)):
-            one.flags.add("loop")
         return [piece for piece in pieces if self.tokenizer.decode(piece.tokens).strip()], read
 
     def _queue_rest(self, one: _Pending, kept: Attempt, read: float) -> None:
@@ -393,7 +398,7 @@ class _Run:
         if words:
             start, end = words[0].start, words[-1].end
         else:
-            start, end = self._clip(offset + piece.start, offset + piece.end)
+            start, end = self._clip(clip_segment, offset + piece.start, offset + piece.end)
         flags = set(one.flags)
         if not any(low < end and high > start for low, high in self.times):
             flags.add("text_over_silence")
@@ -414,9 +419,10 @@ class _Run:
             flags=tuple(sorted(flags)),
         )
 
-    def _clip(self, start: float, end: float) -> tuple[float, float]:
-        clipped = clip_to_speech(start, end, self.sure_times)
-        return clipped if clipped != (start, end) else clip_to_speech(start, end, self.times)
+    def _clip(self, clip: _Clip, start: float, end: float) -> tuple[float, float]:
+        """Hold times against sure speech; where there is none, against doubtful speech."""
+        clipped = clip(start, end, self.sure_times)
+        return clipped if clipped != (start, end) else clip(start, end, self.times)
 
     def _with_words(self, one: _Pending, attention: torch.Tensor, probabilities: list[float]) -> list[Segment]:
         """Word times for the window's pieces; a piece is split where its words pause."""
@@ -441,7 +447,7 @@ class _Run:
             run_tokens: list[int] = []
             taken = 0
             for word, n_tokens in timed:
-                start, end = self._clip(offset + word.start, offset + word.end)
+                start, end = self._clip(clip_word, offset + word.start, offset + word.end)
                 if run:
                     start = max(start, run[-1].end)
                 placed = replace(word, start=start, end=max(start, end))

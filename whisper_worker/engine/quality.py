@@ -15,8 +15,12 @@ _DOUBTFUL_LOGPROB = -0.7
 _DOUBTFUL_NO_SPEECH = 0.3
 """Where the voice detector is unsure, the model must be surer than usual for its text to stand."""
 
-_TOKENS_PER_SECOND = 12.0
-"""No one speaks faster than this for long (fast English is about 6); a loop does."""
+_TOKENS_PER_SECOND = 8.0
+"""Whoever repeats a phrase that often speaks slower than this (fast English is about 6 tokens a second)."""
+
+_UNSURE_LOGPROB = -0.5
+"""A greedy decode less likely than this is searched again by beams. Only the few hard windows pay for it,
+and most of what beam search is good for lies in them."""
 
 
 class Verdict(Enum):
@@ -32,10 +36,12 @@ class Attempt:
     result: DecodingResult
     text: str
     compression_ratio: float
+    loop: bool = False
+    """Repeats itself faster than anyone could speak: see :func:`is_loop`."""
 
 
-def attempt(result: DecodingResult, text: str) -> Attempt:
-    return Attempt(result, text, compression_ratio(text))
+def attempt(result: DecodingResult, text: str, *, loop: bool = False) -> Attempt:
+    return Attempt(result, text, compression_ratio(text), loop)
 
 
 def compression_ratio(text: str) -> float:
@@ -77,8 +83,13 @@ def ladder(options: TranscribeOptions, suppress_tokens: tuple[int, ...]) -> tupl
     return tuple(steps)
 
 
-def judge(tried: Sequence[Attempt], options: TranscribeOptions, *, doubtful: bool) -> Verdict:
-    """Judge the last attempt by openai/whisper's rules, a doubtful window by stricter ones."""
+def judge(
+    tried: Sequence[Attempt], steps: Sequence[DecodingOptions], options: TranscribeOptions, *, doubtful: bool
+) -> Verdict:
+    """Judge the last attempt by openai/whisper's rules, a doubtful window by stricter ones.
+
+    ``steps`` is the ladder; RETRY is said even where it has no further step.
+    """
     last = tried[-1]
     logprob, no_speech = last.result.avg_logprob, last.result.no_speech_prob
     low = options.logprob_threshold is not None and logprob < options.logprob_threshold
@@ -87,20 +98,25 @@ def judge(tried: Sequence[Attempt], options: TranscribeOptions, *, doubtful: boo
         return Verdict.SILENCE
     if doubtful and (logprob < _DOUBTFUL_LOGPROB or no_speech > _DOUBTFUL_NO_SPEECH):
         return Verdict.SILENCE
-    repeats = (
-        options.compression_ratio_threshold is not None and last.compression_ratio > options.compression_ratio_threshold
-    )
-    if repeats and not low and any(_folded(other.text) == _folded(last.text) for other in tried[:-1]):
-        # Two ways of searching agree on the repetition: it was really said.
+    limit = options.compression_ratio_threshold
+    repeats = limit is not None and (last.compression_ratio > limit or last.loop)
+    if repeats and not low and not last.loop and any(_folded(other.text) == _folded(last.text) for other in tried[:-1]):
+        # Two ways of searching agree on the repetition, at a speaker's pace: it was really said.
         return Verdict.ACCEPT
-    return Verdict.RETRY if repeats or low else Verdict.ACCEPT
+    if repeats or low:
+        return Verdict.RETRY
+    beam_next = len(tried) == 1 and len(steps) > 1 and not steps[0].beam_size and steps[1].beam_size
+    if beam_next and options.logprob_threshold is not None and logprob < _UNSURE_LOGPROB:
+        return Verdict.RETRY
+    return Verdict.ACCEPT
 
 
 def best(tried: Sequence[Attempt], options: TranscribeOptions) -> Attempt:
-    """After all attempts failed: the likeliest of those that do not repeat themselves, else the likeliest."""
+    """The likeliest of the attempts that do not repeat themselves; of those that do if there is no other."""
     limit = options.compression_ratio_threshold
-    plain = [one for one in tried if limit is None or one.compression_ratio <= limit]
-    return max(plain or tried, key=lambda one: one.result.avg_logprob)
+    calm = [one for one in tried if not one.loop]
+    plain = [one for one in calm if limit is None or one.compression_ratio <= limit]
+    return max(plain or calm or tried, key=lambda one: one.result.avg_logprob)
 
 
 def is_loop(tokens: Sequence[int], speech_seconds: float) -> bool:

@@ -28,6 +28,10 @@ _MEDIAN_OF_7 = ((0, 5), (0, 3), (1, 6), (2, 4), (0, 1), (3, 5), (2, 6), (2, 3), 
 Seven encoder positions is openai/whisper's width; whole-tensor exchanges are many times faster than sorting."""
 
 
+_FOREIGN_SECONDS = 0.4
+"""Overlap up to which a stretch of speech may belong to the segment next door."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A run of text between two timestamps. Times are seconds from the start of the window."""
@@ -176,11 +180,11 @@ def _merge_punctuation(words: list[tuple[Word, int]], prepend: str, append: str)
     return merged
 
 
-def clip_to_speech(start: float, end: float, spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Move an interval into the stretch of speech that it overlaps most (the later one where equal).
+def clip_word(start: float, end: float, spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Move a word into the one stretch of speech that it overlaps most (the later one where equal).
 
-    ``spans`` are rising and disjoint. An interval that overlaps none is left alone: the
-    detector may have missed quiet speech.
+    ``spans`` are rising and disjoint. A word that overlaps none is left alone: the detector
+    may have missed quiet speech.
     """
     best: tuple[float, float] | None = None
     most = 0.0
@@ -189,3 +193,19 @@ def clip_to_speech(start: float, end: float, spans: Sequence[tuple[float, float]
         if shared > 0 and shared >= most:
             best, most = (low, high), shared
     return (start, end) if best is None else (max(start, best[0]), min(end, best[1]))
+
+
+def clip_segment(start: float, end: float, spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Draw a segment's ends in to the speech between them.
+
+    Whisper rounds segment times, so the tail of the last segment's speech, or the beginning
+    of the next one's, may lie inside: a span of which only a small part does is another's.
+    """
+    inside = [(low, high) for low, high in spans if low < end and high > start]
+    own = [
+        (low, high)
+        for low, high in inside
+        if (shared := min(end, high) - max(start, low)) >= _FOREIGN_SECONDS or shared >= 0.5 * (high - low)
+    ]
+    kept = own or inside
+    return (start, end) if not kept else (max(start, kept[0][0]), min(end, kept[-1][1]))
