@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.models import model_cache
 from safetensors.torch import load_file
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
 import save_pipeline
+from tests.models import model_cache
+from tests.unit.test_cache_ct2 import checkpoint, vocabulary, write_conversion
 from whisper_worker.cache import hub
 from whisper_worker.cache.layout import Manifest, find_model, verify
 from whisper_worker.errors import DownloadError, ModelError
@@ -297,6 +298,18 @@ def test_other_kinds_of_weights_from_the_hub(
     }
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in known["model"]["merges"]]
     assert [" ".join(merge) for merge in built["model"]["merges"]] == merges
+
+    tokens = vocabulary(multilingual=True)
+    weights = checkpoint(len(tokens))
+    fake_hub.repositories["org/faster-tune"] = write_conversion(tmp_path / "ct2", weights, "float16", tokens)
+    converted = tmp_path / "cache" / "models" / "converted"
+    for arguments in (["--model", "org/faster-tune"], ["--from", tmp_path / "ct2"]):
+        done = save(*arguments, "--output", converted, endpoint=fake_hub.url)
+        assert done.code == 0, done.err
+        back = load_file(converted / "model" / "model.safetensors")
+        assert all(np.array_equal(back[name].numpy(), weights[name].astype(np.float16)) for name in weights)
+    assert "Source: a directory, CTranslate2 conversion" in done.out
+    assert find_model(Settings(model="ct2", model_cache=tmp_path / "cache")).name == "ct2"
 
     kept = tmp_path / "kept"
     assert save("--model", "org/sharded", "--dtype", "keep", "--output", kept, endpoint=fake_hub.url).code == 0

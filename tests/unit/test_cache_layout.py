@@ -130,6 +130,12 @@ def test_a_cache_without_a_manifest_is_known_by_its_configuration(tmp_path: Path
         find_model(Settings(model="base", model_cache=directory))
 
 
+def test_a_label_of_ones_own_is_found_beside_a_nameless_model(tmp_path: Path) -> None:
+    root = cache(tmp_path / "cache", None, "turbo")
+    mine = cache(root / "models" / "mine", "my-tune")
+    assert find_model(Settings(model="my-tune", model_cache=root)).model_dir == mine / "model"
+
+
 def test_a_hostile_configuration_stops_the_search(tmp_path: Path) -> None:
     directory = cache(tmp_path / "cache", "openai/whisper-base")
     (directory / "pipeline_config.pkl").write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")
@@ -226,6 +232,21 @@ def test_damage_is_noticed_without_reading_weights(
     with pytest.raises(ModelError, match=reason) as caught:
         find_model(Settings(model_cache=directory))
     assert str(kept) not in caught.value.message
+
+
+def test_a_ctranslate2_conversion_is_told_to_be_imported(tmp_path: Path, hubs: tuple[Path, Path]) -> None:
+    directory = tmp_path / "faster-whisper-base"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "model.bin").write_bytes(b"x")
+    on_volume = snapshot(hubs[0], "Systran/faster-whisper-base", "a" * 40)
+    (on_volume / "model.safetensors").rename(on_volume / "model.bin")
+    for name in (str(directory), "Systran/faster-whisper-base"):
+        with pytest.raises(ModelError, match=r"CTranslate2 conversion.*--from"):
+            find_model(Settings(model=name, model_cache=tmp_path / "empty"))
+    whole = snapshot(hubs[1], "openai/whisper-base", "b" * 40)
+    found = find_model(Settings(model="Systran/faster-whisper-base", model_cache=tmp_path / "empty"))
+    assert (found.model_dir, found.name) == (whole, "openai/whisper-base")
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "llama"}'])

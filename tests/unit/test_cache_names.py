@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from whisper_worker.cache.names import DEFAULT_MODEL, canonical, has_sizes_of, is_known, resolve, same_model
+from whisper_worker.cache.names import DEFAULT_MODEL, canonical, has_sizes_of, known_short, resolve, same_model
 from whisper_worker.errors import ModelError
 
 OPENAI = (
@@ -18,7 +18,7 @@ DISTILLED = "distil-large-v2 distil-large-v3 distil-large-v3.5 distil-small.en d
 @pytest.mark.parametrize("name", [*OPENAI, *DISTILLED])
 def test_short_names_are_known_and_pinned(name: str) -> None:
     found = resolve(name)
-    assert is_known(found.short)
+    assert known_short(found.short) == found.short
     assert not found.is_ct2
     assert found.revision is not None
     assert re.fullmatch(r"[0-9a-f]{40}", found.revision)
@@ -32,6 +32,9 @@ def test_short_names_are_known_and_pinned(name: str) -> None:
         ("large-v1", "openai/whisper-large", "large-v1"),
         ("openai/whisper-large", "openai/whisper-large", "large-v1"),
         ("OpenAI/Whisper-Tiny.en", "openai/whisper-tiny.en", "tiny.en"),
+        ("whisper-base", "openai/whisper-base", "base"),
+        ("faster-whisper-base", "openai/whisper-base", "base"),
+        ("faster-distil-whisper-large-v3", "distil-whisper/distil-large-v3", "distil-large-v3"),
         (" base ", "openai/whisper-base", "base"),
         ("distil-large-v3.5", "distil-whisper/distil-large-v3.5", "distil-large-v3.5"),
         (DEFAULT_MODEL, "openai/whisper-large-v3-turbo", "large-v3-turbo"),
@@ -69,7 +72,7 @@ def test_a_repository_of_ones_own_is_taken_as_it_is() -> None:
         "kotoba-tech--kotoba-whisper-v2.2",
         None,
     )
-    assert not is_known(found.short)
+    assert known_short(found.short) is None
     assert not same_model("someone/faster-whisper-large-v3-german", "large-v3")
 
 

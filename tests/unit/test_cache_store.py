@@ -114,26 +114,28 @@ def test_another_models_download_is_not_gone_on_with(target: Path) -> None:
     assert hidden(target.parent) == [neighbour.name]
 
 
-def kill_at_every_step(target: Path) -> set[str]:
-    """Replace the cache in a child process, over and over, each time killed one step later.
+def kill_at_many_steps(target: Path) -> set[str]:
+    """Replace the cache in a child process, over and over, each time killed at another step.
 
-    A step is anything the interpreter reports of its work on files. After each kill the
-    cache must be whole, and the next run leaves nothing behind. Gives what the cache held
-    after the kills. Forks: only for a process with a single thread.
+    A step is anything the interpreter reports of its work on files: every fifth of them, and
+    all around renames and system calls. After each kill the cache must be whole, and the next
+    run leaves nothing behind. Gives what the cache held after the kills. Forks: only for a
+    process with a single thread.
     """
     original = target.parent / "original"
     shutil.copytree(target, original)
+    log = target.parent / "steps"
+    assert _status_of_run(target, 0, log) == 0
+    assert held(target) == "new"
+    steps = log.read_text().split()
+    assert len(steps) > 30
+    swaps = [number for number, step in enumerate(steps, 1) if step == "os.rename" or step.startswith("ctypes")]
+    moments = {*range(1, len(steps) + 1, 5), *(number + near for number in swaps for near in (-1, 0, 1))}
     outcomes: set[str] = set()
-    for moment in range(1, 10_000, 2):
-        child = os.fork()
-        if child == 0:
-            _replace_until(target, moment)
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
-            assert moment > 30
-            assert os.waitstatus_to_exitcode(status) == 0
-            assert held(target) == "new"
-            return outcomes
+    for moment in sorted(moments & set(range(1, len(steps) + 1))):
+        shutil.rmtree(target)
+        shutil.copytree(original, target)
+        assert _status_of_run(target, moment, log) == -signal.SIGKILL
         if not target.exists():
             outcomes.add("none")  # between two renames; the old one is beside, and the next run puts it back
             with contextlib.suppress(ModelError), replacing(target, "x"):
@@ -147,26 +149,28 @@ def kill_at_every_step(target: Path) -> set[str]:
         assert held(target) == "newer"
         assert held(target / "models" / "base") == "beside"
         assert hidden(target.parent) == []
-        shutil.rmtree(target)
-        shutil.copytree(original, target)
-    raise AssertionError("the run does not end")
+    return outcomes
 
 
-def _replace_until(target: Path, moment: int) -> None:
-    steps = 0
+def _status_of_run(target: Path, moment: int, log: Path) -> int:
+    """Replace the cache in a child that is killed at step ``moment``; 0 lets it end and write its steps down."""
+    child = os.fork()
+    if child == 0:
+        steps: list[str] = []
 
-    def step(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal steps
-        if event.split(".")[0] in ("os", "shutil", "open", "ctypes"):
-            steps += 1
-            if steps == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
+        def step(event: str, arguments: tuple[object, ...]) -> None:
+            if event.split(".")[0] in ("os", "shutil", "open", "ctypes"):
+                steps.append(event)
+                if len(steps) == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(step)
-    with replacing(target, "x") as work:
-        (work.download / "part").write_text("all")
-        fill(work.fresh, "new")
-    os._exit(0)
+        sys.addaudithook(step)
+        with replacing(target, "x") as work:
+            (work.download / "part").write_text("all")
+            fill(work.fresh, "new")
+        log.write_text("\n".join(steps))
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("way", ["exchange", "renames"])
@@ -175,7 +179,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_cache(target: Path, way: str) -> No
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]);"
         "import test_cache_store as test;"
         "test.store._exchange = test.store._exchange if sys.argv[3] == 'exchange' else lambda one, other: False;"
-        "print(sorted(test.kill_at_every_step(Path(sys.argv[2]))))"
+        "print(sorted(test.kill_at_many_steps(Path(sys.argv[2]))))"
     )
     command = [sys.executable, "-c", program, str(Path(__file__).parent), str(target), way]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

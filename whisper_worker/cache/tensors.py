@@ -103,10 +103,14 @@ def cast(tensors: Iterable[tuple[str, Array]], dtype: FloatType) -> dict[str, Ar
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array]) -> None:
-    """Write what :func:`cast` gave."""
+    """Write what :func:`cast` gave. Raises :class:`ModelError` where the disk does not take it."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ModelError("The weights could not be written: is the disk full?") from error
     path.chmod(0o644)  # the library makes files that only their owner may read
 
 
