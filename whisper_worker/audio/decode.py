@@ -252,11 +252,9 @@ class _Stream:
     def _refuse_declared_length(self) -> None:
         """Stop before a long decode where the header's length is too much and the file is big enough to hold it."""
         declared = self.report.declared_seconds
-        if declared is None:
+        if declared is None or declared <= self._job.settings.max_audio_seconds:
             return
-        if rate := self.report.bit_rates.get(self.report.chosen or 0):
-            declared = min(declared, self._job.n_bytes * 8 / rate)
-        if self._job.n_bytes >= declared * _LEAST_BYTES_PER_SECOND and declared > self._job.settings.max_audio_seconds:
+        if self._job.n_bytes >= declared * _LEAST_BYTES_PER_SECOND:
             raise _too_long(self._job.settings)
 
     def _add(self, pcm: bytes) -> None:

@@ -53,7 +53,7 @@ _TIMELINE = (
 )
 _LINE = re.compile(r"(?:\[[^\]]* @ [^\]]*\] )*\[(\w+)\] (.*)")
 _DURATION = re.compile(r"\s+Duration: (\d+):(\d+):(\d+\.\d+)(?:, start: (-?\d+\.\d+))?")
-_STREAM = re.compile(r"\s+Stream #0:(\d+)\S*: (Audio|Video): (\w+)(?:.*, (\d+) kb/s)?")
+_STREAM = re.compile(r"\s+Stream #0:(\d+)\S*: (Audio|Video): (\w+)")
 _MAPPED = re.compile(r"\s+Stream #0:(\d+) -> #0:0")
 _NUMBER = re.compile(r"nan|-?\d+\.\d+")
 
@@ -92,7 +92,6 @@ class Report:
     """Time stamp of the file's first frame, which some versions count into the declared length."""
     codecs: dict[int, str] = field(default_factory=dict)
     """Audio streams: index in the file to codec."""
-    bit_rates: dict[int, int] = field(default_factory=dict)
     has_video: bool = False
     chosen: int | None = None
     """Index of the stream that is decoded."""
@@ -133,13 +132,10 @@ class Report:
         elif self.chosen is None and (found := _MAPPED.match(text)):
             self.chosen = int(found[1])
         elif self.chosen is None and (found := _STREAM.match(text)):
-            index = int(found[1])
             if found[2] == "Video":
                 self.has_video |= "(attached pic)" not in text
             else:
-                self.codecs[index] = found[3]
-                if found[4]:
-                    self.bit_rates[index] = int(found[4]) * 1000
+                self.codecs[int(found[1])] = found[3]
         elif _NUMBER.fullmatch(text):
             if self._time is None:
                 self._time = float(text)
