@@ -17,6 +17,9 @@ from torch import Tensor
 _QUERY_BLOCK = 128
 """Queries whose scores are held at a time: few enough for a core's cache, many enough for a matrix product."""
 
+_ROWS_QUANTISED = 2048
+"""Rows of a weight made 8-bit at a time, so that the vocabulary's does not cost its float32 size thrice."""
+
 LOG2_E = math.log2(math.e)
 
 
@@ -82,11 +85,15 @@ class Int8Linear:
     _ZERO = 128
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        weight = weight.float()
-        scale = weight.abs().amax(dim=1).div_(127).clamp_(min=1e-12)
-        self._weight = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round_().to(torch.int8), None)
-        self._scale = scale
-        self._zero_points = torch.zeros(len(scale), dtype=torch.long)
+        self._scale = torch.empty(len(weight))
+        quantised = torch.empty(weight.shape, dtype=torch.int8)
+        for first in range(0, len(weight), _ROWS_QUANTISED):
+            rows = slice(first, first + _ROWS_QUANTISED)
+            exact = weight[rows].float()
+            self._scale[rows] = torch.linalg.vector_norm(exact, math.inf, dim=1).div_(127).clamp_(min=1e-12)
+            quantised[rows] = (exact / self._scale[rows, None]).round_()
+        self._weight = torch.ops.onednn.qlinear_prepack(quantised, None)
+        self._zero_points = torch.zeros(len(weight), dtype=torch.long)
         self._bias = None if bias is None else bias.float()
         # Without VNNI pairs of products are summed in 16 bits, where full 8-bit inputs would overflow.
         self._levels = 127 if not cpu_flags().isdisjoint({"avx512_vnni", "avx_vnni"}) else 63
