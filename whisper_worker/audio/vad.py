@@ -18,6 +18,7 @@ import pickle
 import threading
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,17 @@ _STATE = 128
 _BLOCK = 1024
 """Frames computed at once (33 s): enough for full speed, and some 20 MB whatever the file's length."""
 
+_LOUD_RMS = 10 ** (-22 / 20)
+_FLOOR_RMS = 10 ** (-45 / 20)
+_MAX_GAIN = 10 ** (40 / 20)
+_LEVEL_FRAMES = 16
+_LEVEL_REACH = 2
+"""Sound whose loud frames within about a second (``_LEVEL_REACH`` stretches of ``_LEVEL_FRAMES``
+either way) stay under ``_LOUD_RMS`` is amplified up to it, at most by ``_MAX_GAIN`` and not so far
+that its quiet frames pass ``_FLOOR_RMS``. The network's answer falls with the level, and after
+loud speech it is deaf to a quiet speaker; noise is no speech to it at any level, but loud noise
+before speech makes it late. docs/decisions.md has the figures."""
+
 
 @dataclass(frozen=True, slots=True)
 class SpeechSpan:
@@ -63,16 +75,40 @@ class VoiceDetector:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._network: _Network | None = None
+        self._worker: ThreadPoolExecutor | None = None
 
     def probabilities(self, waveform: np.ndarray) -> np.ndarray:
         """float32 ``(ceil(n / 512),)`` for int16 samples ``(n,)`` at 16 kHz.
 
-        The end is filled up with silence to a whole frame.
+        The end is filled up with silence to a whole frame. Quiet parts are amplified for the
+        network's ears alone.
         """
         with self._lock:
             if self._network is None:
                 self._network = _Network(_load_weights())
-        return self._network.run(waveform)
+            if self._worker is None:
+                self._worker = _one_thread_worker()
+        if not len(waveform):
+            return np.empty(0, dtype=np.float32)
+        return self._worker.submit(self._network.run, waveform, _gains(waveform)).result()
+
+
+def _one_thread_worker() -> ThreadPoolExecutor:
+    """A thread in which torch computes alone.
+
+    The recurrence is thousands of tiny steps. Shared by several threads, each step waits for
+    all of them, and beside a busy model on the same cores that costs fifty times the work.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vad")
+    # A thread's first look at the number overwrites its own with the process's, so it must look before it sets.
+    worker.submit(torch.get_num_threads).result()
+    worker.submit(torch.set_num_threads, 1).result()
+    # The number holds for the thread that sets it, and for threads still to come: set those right again.
+    torch.set_num_threads(threads)
+    return worker
 
 
 class _Network:
@@ -101,7 +137,7 @@ class _Network:
         self._out_bias = weights["out.bias"]
         self._window = torch.hann_window(_FFT)
 
-    def run(self, waveform: np.ndarray) -> np.ndarray:
+    def run(self, waveform: np.ndarray, gains: np.ndarray) -> np.ndarray:
         import torch
 
         n_frames = math.ceil(len(waveform) / FRAME_SAMPLES)
@@ -113,6 +149,7 @@ class _Network:
             for first in range(0, n_frames, _BLOCK):
                 count = min(block, n_frames - first)
                 work.fill(waveform, first * FRAME_SAMPLES - _CONTEXT)
+                work.gains[:count] = torch.from_numpy(gains[first : first + count])
                 heard = self._before_lstm(work)[None, :count]
                 heard, hidden, cell = torch.lstm(heard, (hidden, cell), self._lstm, True, 1, 0.0, False, False, True)
                 logits = torch.addmm(self._out_bias, heard[0].relu_(), self._out)
@@ -130,7 +167,8 @@ class _Network:
         torch.mul(frames[:, -1 - _CONTEXT : -1].flip(1), self._window[mirrored:], out=work.windowed[:, -1, mirrored:])
         torch.fft.rfft(work.windowed, out=work.spectrum)
         torch.abs(work.spectrum, out=work.magnitude)
-        magnitude = work.magnitude.view(-1, _STEPS * _BINS)
+        # To scale the spectrum is to scale the samples.
+        magnitude = work.magnitude.view(-1, _STEPS * _BINS).mul_(work.gains[:, None])
         for place, (low, high, weight) in enumerate(self._conv1):
             out = work.first[:, place * 128 : (place + 1) * 128]
             torch.addmm(self._bias[0], magnitude[:, low:high], weight, out=out)
@@ -150,6 +188,7 @@ class _Workspace:
 
         self.samples = torch.zeros(_CONTEXT + block * FRAME_SAMPLES)
         self._array = self.samples.numpy()
+        self.gains = torch.ones(block)
         self.windowed = torch.empty(block, _STEPS, _FFT)
         self.spectrum = torch.empty(block, _STEPS, _BINS, dtype=torch.complex64)
         self.magnitude = torch.empty(block, _STEPS, _BINS)
@@ -157,11 +196,35 @@ class _Workspace:
         self.second = torch.empty(block, 2 * 64)
 
     def fill(self, waveform: np.ndarray, start: int) -> None:
-        """Samples from ``start`` on, scaled to [-1, 1); zeros before and after the waveform."""
+        """Samples from ``start`` on, in [-1, 1); zeros before and after the waveform."""
         low, high = max(start, 0), min(start + len(self._array), len(waveform))
         self._array[: low - start] = 0
         self._array[high - start :] = 0
         np.multiply(waveform[low:high], np.float32(1 / 32768), out=self._array[low - start : high - start])
+
+
+def _gains(waveform: np.ndarray) -> np.ndarray:
+    """float32 ``(ceil(n / 512),)``: the factor for each frame, 1 where the sound is loud enough."""
+    n_frames = math.ceil(len(waveform) / FRAME_SAMPLES)
+    power = np.empty(n_frames, dtype=np.float32)
+    for first in range(0, n_frames, _BLOCK):
+        block = waveform[first * FRAME_SAMPLES : (first + _BLOCK) * FRAME_SAMPLES].astype(np.float32)
+        block.resize((math.ceil(len(block) / FRAME_SAMPLES), FRAME_SAMPLES), refcheck=False)
+        power[first : first + len(block)] = np.einsum("ij,ij->i", block, block)
+    stretches = np.pad(power, (0, -n_frames % _LEVEL_FRAMES), mode="edge").reshape(-1, _LEVEL_FRAMES)
+    # The second loudest and second quietest frame of each: a click is not a level.
+    ranked = np.partition(stretches, (1, -2), axis=1)
+    reach = np.pad(ranked, ((_LEVEL_REACH, _LEVEL_REACH), (0, 0)), mode="edge")
+    around = np.lib.stride_tricks.sliding_window_view(reach, 2 * _LEVEL_REACH + 1, axis=0)
+    # One step of 16 bits stands in for digital silence.
+    loud, floor = (
+        np.sqrt(np.maximum(level / FRAME_SAMPLES, 1.0)) / 32768
+        for level in (around[:, -2].max(axis=1), around[:, 1].min(axis=1))
+    )
+    decades = np.log10(np.clip(np.minimum(_LOUD_RMS / loud, _FLOOR_RMS / floor), 1.0, _MAX_GAIN))
+    smooth = np.convolve(np.pad(decades, 1, mode="edge"), np.full(3, 1 / 3), mode="valid")
+    middles = (np.arange(len(smooth)) + 0.5) * _LEVEL_FRAMES
+    return np.power(10.0, np.interp(np.arange(n_frames), middles, smooth)).astype(np.float32)
 
 
 class _Node:
@@ -235,13 +298,14 @@ def speech_spans(
     """Rising, disjoint spans of speech inside ``[0, n_samples)``.
 
     Speech begins where a frame reaches ``threshold`` and ends where the probability stays
-    under ``neg_threshold`` (default: 0.15 lower) for ``min_silence_duration_ms``. Spans
+    under ``neg_threshold`` (default: 0.7 of the threshold) for ``min_silence_duration_ms``. Spans
     shorter than ``min_speech_duration_ms`` are dropped; what is left grows by
     ``speech_pad_ms`` on either side, at most halfway into a pause. The parameters are those
     of the package's ``get_speech_timestamps``.
     """
     if neg_threshold is None:
-        neg_threshold = max(threshold - 0.15, 0.01)
+        # The package subtracts 0.15: the same at 0.5, but at 0.15 no pause would end a span.
+        neg_threshold = 0.7 * threshold
     per_ms = SAMPLE_RATE // 1000
     found: list[tuple[int, int]] = []
     start: int | None = None
