@@ -206,12 +206,15 @@ class _Workspace:
 def _gains(waveform: np.ndarray) -> np.ndarray:
     """float32 ``(ceil(n / 512),)``: the factor for each frame, 1 where the sound is loud enough."""
     n_frames = math.ceil(len(waveform) / FRAME_SAMPLES)
-    power = np.empty(n_frames, dtype=np.float32)
-    for first in range(0, n_frames, _BLOCK):
-        block = waveform[first * FRAME_SAMPLES : (first + _BLOCK) * FRAME_SAMPLES].astype(np.float32)
-        block.resize((math.ceil(len(block) / FRAME_SAMPLES), FRAME_SAMPLES), refcheck=False)
+    n_whole = len(waveform) // FRAME_SAMPLES
+    if not n_whole:
+        return np.ones(n_frames, dtype=np.float32)
+    whole = waveform[: n_whole * FRAME_SAMPLES].reshape(-1, FRAME_SAMPLES)
+    power = np.empty(n_whole, dtype=np.float32)
+    for first in range(0, n_whole, _BLOCK):
+        block = whole[first : first + _BLOCK].astype(np.float32)
         power[first : first + len(block)] = np.einsum("ij,ij->i", block, block)
-    stretches = np.pad(power, (0, -n_frames % _LEVEL_FRAMES), mode="edge").reshape(-1, _LEVEL_FRAMES)
+    stretches = np.pad(power, (0, -n_whole % _LEVEL_FRAMES), mode="edge").reshape(-1, _LEVEL_FRAMES)
     # The second loudest and second quietest frame of each: a click is not a level.
     ranked = np.partition(stretches, (1, -2), axis=1)
     reach = np.pad(ranked, ((_LEVEL_REACH, _LEVEL_REACH), (0, 0)), mode="edge")
