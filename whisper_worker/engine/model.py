@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from whisper_worker.engine.kernels import LOG2_E, Int8Linear, Linear, attend, has_fast_bfloat16, has_int8
-from whisper_worker.engine.weights import ModelDims
+
+if TYPE_CHECKING:
+    from whisper_worker.engine.weights import ModelDims
 
 PAD_FRAMES = 300
 """Silence after each window, at least: with less the decoder loses the last words."""

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from whisper_worker.engine.decoding import decode_batch, initial_tokens
+from whisper_worker.engine.memory import batch_size, out_of_memory
 from whisper_worker.engine.recognizer import DecodingOptions, DecodingResult, DecodingRow, ModelInfo
-from whisper_worker.errors import OutOfMemory
-from whisper_worker.metrics import available_memory_bytes
 from whisper_worker.types import CancelToken
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from whisper_worker.engine.model import WhisperModel
     from whisper_worker.engine.tokenizer import Tokenizer
-
-_CPU_BATCH = 16
-"""On a CPU more rows no longer make a step cheaper by row, and they cost memory."""
 
 
 class NativeRecognizer:
@@ -66,20 +59,17 @@ class NativeRecognizer:
         heads = dims.n_text_layer * dims.n_text_state * 2
         # Half precision: keys and values of 1500 positions, and of the tokens of one window.
         row_bytes = 2 * heads * (dims.n_audio_ctx + dims.n_text_ctx)
-        if self._model.device.type == "cuda":
-            free = 0.9 * torch.cuda.mem_get_info(self._model.device)[0]
-            return max(1, int(free / row_bytes))
-        return max(1, min(_CPU_BATCH, int(0.5 * available_memory_bytes() / row_bytes)))
+        return batch_size(row_bytes, self._model.device)
 
     def encode(self, mels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        with _out_of_memory():
+        with out_of_memory():
             return self._model.encode(mels)
 
     @torch.inference_mode()
     def detect_language(self, states: Sequence[torch.Tensor]) -> list[dict[str, float]]:
         if not self.tokenizer.is_multilingual:
             return [{"en": 1.0} for _ in states]
-        with _out_of_memory():
+        with out_of_memory():
             state = self._model.new_state(states, 1, 1)
             sot = torch.full((len(states), 1), self.tokenizer.sot, device=self._model.device)
             logits = state.step(sot)[:, -1]
@@ -93,7 +83,7 @@ class NativeRecognizer:
         options: DecodingOptions,
         cancel: Sequence[CancelToken | None] = (),
     ) -> list[DecodingResult]:
-        with _out_of_memory():
+        with out_of_memory():
             return decode_batch(self._model, self.tokenizer, rows, options, cancel)
 
     @torch.inference_mode()
@@ -118,7 +108,7 @@ class NativeRecognizer:
         padded = torch.full((len(rows), length), self.tokenizer.eot)
         for place, (prefix, sequence) in enumerate(zip(prefixes, tokens, strict=True)):
             padded[place, : n_prefix + len(sequence)] = torch.tensor([*prefix, *sequence])
-        with _out_of_memory():
+        with out_of_memory():
             attention, logits = self._model.cross_attention(
                 [row.state for row in rows], padded.to(self._model.device), heads
             )
@@ -135,16 +125,3 @@ class NativeRecognizer:
 
 def _without_timestamps(options: DecodingOptions) -> DecodingOptions:
     return DecodingOptions(task=options.task, without_timestamps=True)
-
-
-@contextmanager
-def _out_of_memory() -> Iterator[None]:
-    """torch tells a full CPU by RuntimeError or MemoryError, a full card by its own type."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory("There is not enough memory for this batch; lower MODEL_BATCH_SIZE.") from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
-            raise OutOfMemory("There is not enough memory for this batch; lower MODEL_BATCH_SIZE.") from error
-        raise

@@ -139,7 +139,11 @@ class _Run:
         self.options = options
         self.on_progress = on_progress
         self.on_segment = on_segment
-        self.warnings: list[str] = []
+        self.warnings = [
+            f"{name} is not honoured by the {self.info.engine} engine and was ignored."
+            for name in self.info.not_honoured
+            if getattr(options, name) is not None
+        ]
         self.attempts = quality.ladder(options, self._suppressed())
         self.prompt_text = " ".join(text for text in (options.hotwords, options.initial_prompt) if text) or None
         self.prompt = tuple(self.tokenizer.encode(" " + self.prompt_text.strip())) if self.prompt_text else ()

@@ -39,6 +39,8 @@ class ModelInfo:
     """Human name of the device, e.g. ``cpu`` or ``NVIDIA H200``."""
     compute_type: str
     engine: str
+    not_honoured: tuple[str, ...] = ()
+    """Options that this engine's search does not have; the pipeline warns of them."""
 
 
 @dataclass(frozen=True, slots=True)
