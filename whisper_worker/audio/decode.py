@@ -11,7 +11,6 @@ import json
 import os
 import re
 import stat
-import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whisper_worker import log
-from whisper_worker.audio import ffmpeg_child
+from whisper_worker.audio import ffmpeg_child, pieces
 from whisper_worker.audio.downmix import BLOCK, Downmix
 from whisper_worker.errors import AudioDecodeError, InvalidInput, TooLarge
 from whisper_worker.settings import Settings
@@ -169,32 +168,64 @@ class _Job:
 
     def decode_stream(self, stream: int | None = None, options: Mapping[str, object] | None = None) -> _Stream:
         """One run of ffmpeg over the file, with further demuxer ``options``."""
-        taken = _Stream(self)
+        whole = stream is None and not options
+        taken = _Stream(self, divisible=whole)
         try:
-            taken.exit_status = ffmpeg_child.run(
-                ffmpeg_child.decode_command(self.descriptor, stream=stream, options=options or {}),
-                self.descriptor,
-                directory=self.directory,
-                deadline=self.deadline,
-                cancel=self.cancel,
-                on_log=taken.report.feed,
-                on_output=taken.feed,
-            )
+            return self._run(taken, stream, options or {})
         except ffmpeg_child.Misdetected:
             return _Stream(self)
+        except _LongFile:
+            pass
+        try:
+            return self._run_pieces(taken.report)
+        except pieces.Disagreement:
+            return self._run(_Stream(self), stream, {})
+
+    def _run(self, taken: _Stream, stream: int | None, options: Mapping[str, object]) -> _Stream:
+        # Where the system opens /dev/fd as a duplicate, the child goes on from our place in the file.
+        os.lseek(self.descriptor, 0, os.SEEK_SET)
+        taken.exit_status = ffmpeg_child.run(
+            ffmpeg_child.decode_command(self.descriptor, stream=stream, options=options),
+            self.descriptor,
+            directory=self.directory,
+            deadline=self.deadline,
+            cancel=self.cancel,
+            on_log=taken.report.feed,
+            on_output=taken.feed,
+        )
         taken.close()
         return taken
+
+    def _run_pieces(self, report: ffmpeg_child.Report) -> _Stream:
+        """The file by several processes at once; ``report`` is what the first one said of its header."""
+        taken = _Stream(self)
+        pieces.run_pieces(
+            self.descriptor,
+            report.declared_seconds or 0.0,
+            directory=self.directory,
+            deadline=self.deadline,
+            cancel=self.cancel,
+            on_output=taken.feed,
+        )
+        taken.report, taken.exit_status = report, 0
+        taken.close()
+        return taken
+
+
+class _LongFile(Exception):
+    """The header promises so much that the file is better decoded in pieces."""
 
 
 class _Stream:
     """The samples of one stream as they come from ffmpeg, mixed to mono on their way."""
 
-    def __init__(self, job: _Job) -> None:
+    def __init__(self, job: _Job, *, divisible: bool = False) -> None:
         self.report = ffmpeg_child.Report()
         self.exit_status = 1
         self.n_channels = 0
         self.n_samples = 0
         self._job = job
+        self._divisible = divisible
         self._limit = job.settings.max_audio_seconds * SAMPLE_RATE
         self.waveform = np.empty(0, np.int16)
         """The first ``n_samples`` count, until :meth:`close` drops the rest."""
@@ -208,8 +239,12 @@ class _Stream:
     def feed(self, data: bytes) -> None:
         """Take more of ffmpeg's WAV output. Raises :class:`TooLarge` once there is too much."""
         self._pending += data
-        if not self.n_channels:
-            self._read_header()
+        if not self.n_channels and (header := ffmpeg_child.read_wav_header(self._pending)):
+            self._refuse_declared_length()
+            if self._divisible and header.n_channels <= 2 and self._is_long():
+                raise _LongFile
+            del self._pending[: header.size]
+            self._set_channels(header)
         size = 2 * self.n_channels * BLOCK
         while self.n_channels and len(self._pending) >= size:
             self._add(bytes(self._pending[:size]))
@@ -226,28 +261,22 @@ class _Stream:
                 part = self.waveform[start : start + (1 << 20)]
                 part[:] = np.clip(np.rint(part * np.float32(self._downmix.gain)), -32768, 32767)
 
-    def _read_header(self) -> None:
-        position, layout = 12, None
-        while len(self._pending) >= position + 8:
-            name, size = struct.unpack_from("<4sI", self._pending, position)
-            position += 8
-            if name == b"fmt " and len(self._pending) >= position + size:
-                n_channels = struct.unpack_from("<H", self._pending, position + 2)[0]
-                layout = n_channels, struct.unpack_from("<I", self._pending, position + 20)[0] if size >= 40 else 0
-            if name == b"data" and layout is not None:
-                del self._pending[:position]
-                self._set_channels(*layout)
-                return
-            position += size
-
-    def _set_channels(self, n_channels: int, mask: int) -> None:
-        channel = self._job.channel
+    def _set_channels(self, header: ffmpeg_child.WavHeader) -> None:
+        channel, n_channels = self._job.channel, header.n_channels
         if channel is not None and not 0 <= channel < n_channels:
             raise InvalidInput(f"Channel {channel} was asked for, but the audio has {n_channels} (counted from 0).")
         self.n_channels = n_channels
         if n_channels > 1 and channel is None:
-            self._downmix = Downmix(n_channels, mask)
-        self._refuse_declared_length()
+            self._downmix = Downmix(n_channels, header.mask)
+
+    def _is_long(self) -> bool:
+        report = self.report
+        return (
+            report.container in pieces.FORMATS
+            and (report.declared_seconds or 0) >= pieces.LEAST_SECONDS
+            and len(report.codecs) == 1
+            and pieces.n_workers() > 1
+        )
 
     def _refuse_declared_length(self) -> None:
         """Stop before a long decode where the header's length is too much and the file is big enough to hold it."""

@@ -14,6 +14,7 @@ import re
 import resource
 import selectors
 import shutil
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -86,6 +87,8 @@ class Report:
     """What ffmpeg said of the file, gathered from its log line by line."""
 
     opened: bool = False
+    container: str = ""
+    """First name of the demuxer, e.g. ``mp3`` or ``mov``."""
     declared_seconds: float | None = None
     """Length that the header promises; None where it is missing or a guess from the bit rate."""
     start: float = 0.0
@@ -126,6 +129,7 @@ class Report:
     def _read_info(self, text: str) -> None:
         if text.startswith("Input #0"):
             self.opened = True
+            self.container = re.split(r"[ ,]+", text)[2]
         elif self.chosen is None and (found := _DURATION.match(text)) and not self._guessed:
             self.declared_seconds = int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
             self.start = float(found[4] or 0)
@@ -143,6 +147,30 @@ class Report:
                 if len(self.jumps) < _MAX_JUMPS:
                     self.jumps.append((self._time, float(text)))
                 self._time = None
+
+
+@dataclass(frozen=True, slots=True)
+class WavHeader:
+    n_channels: int
+    mask: int
+    """Speaker positions of the channels, 0 where the header has none."""
+    size: int
+    """Bytes before the first sample."""
+
+
+def read_wav_header(output: bytes | bytearray) -> WavHeader | None:
+    """Header of ffmpeg's output; None while not all of it is there."""
+    position, layout = 12, None
+    while len(output) >= position + 8:
+        name, size = struct.unpack_from("<4sI", output, position)
+        position += 8
+        if name == b"fmt " and len(output) >= position + size:
+            n_channels = struct.unpack_from("<H", output, position + 2)[0]
+            layout = n_channels, struct.unpack_from("<I", output, position + 20)[0] if size >= 40 else 0
+        elif name == b"data" and layout is not None:
+            return WavHeader(*layout, size=position)
+        position += size
+    return None
 
 
 def decode_command(descriptor: int, *, stream: int | None, options: Mapping[str, object]) -> list[str]:
