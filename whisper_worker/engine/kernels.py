@@ -82,31 +82,30 @@ class Int8Linear:
     A scale for each row, not one for the batch: what a row gives does not depend on its neighbours.
     """
 
-    _ZERO = 128
-
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._scale = torch.empty(len(weight))
         quantised = torch.empty(weight.shape, dtype=torch.int8)
         for first in range(0, len(weight), _ROWS_QUANTISED):
             rows = slice(first, first + _ROWS_QUANTISED)
             exact = weight[rows].float()
-            self._scale[rows] = torch.linalg.vector_norm(exact, math.inf, dim=1).div_(127).clamp_(min=1e-12)
+            self._scale[rows] = exact.abs().amax(dim=1).div_(127).clamp_(min=1e-12)
             quantised[rows] = (exact / self._scale[rows, None]).round_()
         self._weight = torch.ops.onednn.qlinear_prepack(quantised, None)
         self._zero_points = torch.zeros(len(weight), dtype=torch.long)
         self._bias = None if bias is None else bias.float()
         # Without VNNI pairs of products are summed in 16 bits, where full 8-bit inputs would overflow.
         self._levels = 127 if not cpu_flags().isdisjoint({"avx512_vnni", "avx_vnni"}) else 63
+        # Conversion to integers truncates: the half makes it round.
+        self._zero_point = torch.tensor(128.5)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x``: float32 ``(..., n_in)``."""
-        step = x.abs().amax(dim=-1, keepdim=True).div_(self._levels).clamp_(min=1e-12)
-        # Conversion truncates: the half makes it round.
-        quantised = (x / step).add_(self._ZERO + 0.5).to(torch.uint8)
+        largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
+        quantised = torch.add(self._zero_point, x / largest, alpha=self._levels).to(torch.uint8)
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
             quantised,
-            1.0,
-            self._ZERO,
+            1 / self._levels,
+            128,
             self._weight,
             self._scale,
             self._zero_points,
@@ -118,8 +117,7 @@ class Int8Linear:
             [],
             "",
         )
-        product *= step
-        return product if self._bias is None else product.add_(self._bias)
+        return product.mul_(largest) if self._bias is None else torch.addcmul(self._bias, product, largest)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
