@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from whisper_worker.errors import ModelError
 from whisper_worker.types import SAMPLE_RATE
@@ -77,7 +78,7 @@ class VoiceDetector:
         self._network: _Network | None = None
         self._worker: ThreadPoolExecutor | None = None
 
-    def probabilities(self, waveform: np.ndarray) -> np.ndarray:
+    def probabilities(self, waveform: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
         """float32 ``(ceil(n / 512),)`` for int16 samples ``(n,)`` at 16 kHz.
 
         The end is filled up with silence to a whole frame. Quiet parts are amplified for the
@@ -137,7 +138,7 @@ class _Network:
         self._out_bias = weights["out.bias"]
         self._window = torch.hann_window(_FFT)
 
-    def run(self, waveform: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    def run(self, waveform: npt.NDArray[np.int16], gains: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         import torch
 
         n_frames = math.ceil(len(waveform) / FRAME_SAMPLES)
@@ -195,7 +196,7 @@ class _Workspace:
         self.first = torch.empty(block, 4 * 128)
         self.second = torch.empty(block, 2 * 64)
 
-    def fill(self, waveform: np.ndarray, start: int) -> None:
+    def fill(self, waveform: npt.NDArray[np.int16], start: int) -> None:
         """Samples from ``start`` on, in [-1, 1); zeros before and after the waveform."""
         low, high = max(start, 0), min(start + len(self._array), len(waveform))
         self._array[: low - start] = 0
@@ -203,7 +204,7 @@ class _Workspace:
         np.multiply(waveform[low:high], np.float32(1 / 32768), out=self._array[low - start : high - start])
 
 
-def _gains(waveform: np.ndarray) -> np.ndarray:
+def _gains(waveform: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
     """float32 ``(ceil(n / 512),)``: the factor for each frame, 1 where the sound is loud enough."""
     n_frames = math.ceil(len(waveform) / FRAME_SAMPLES)
     n_whole = len(waveform) // FRAME_SAMPLES
@@ -289,7 +290,7 @@ def _load_weights() -> dict[str, torch.Tensor]:
 
 
 def speech_spans(
-    probabilities: np.ndarray,
+    probabilities: npt.NDArray[np.float32],
     n_samples: int,
     threshold: float = 0.5,
     *,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from whisper_worker.audio.vad import FRAME_SAMPLES, SpeechSpan
 from whisper_worker.types import SAMPLE_RATE
@@ -63,7 +64,7 @@ class _Cut:
 
 def plan_windows(
     spans: Sequence[SpeechSpan],
-    probabilities: np.ndarray,
+    probabilities: npt.NDArray[np.float32],
     n_samples: int,
     *,
     sure: Sequence[SpeechSpan] | None = None,
@@ -101,7 +102,7 @@ def _stretches(spans: Sequence[SpeechSpan]) -> list[list[SpeechSpan]]:
     return runs
 
 
-def _cut_places(stretch: Sequence[SpeechSpan], probabilities: np.ndarray) -> list[_Cut]:
+def _cut_places(stretch: Sequence[SpeechSpan], probabilities: npt.NDArray[np.float32]) -> list[_Cut]:
     """Start of the stretch, every pause, every weak place inside long speech, end of the stretch."""
     cuts = [_Cut(stretch[0].start, stretch[0].start, 0.0)]
     for place, span in enumerate(stretch):
@@ -114,7 +115,7 @@ def _cut_places(stretch: Sequence[SpeechSpan], probabilities: np.ndarray) -> lis
     return cuts
 
 
-def _inside(span: SpeechSpan, probabilities: np.ndarray) -> list[_Cut]:
+def _inside(span: SpeechSpan, probabilities: npt.NDArray[np.float32]) -> list[_Cut]:
     """Per step of unbroken speech the frame least like speech. Short spans need no cut inside."""
     if (span.end - span.start) / SAMPLE_RATE < TARGET_SECONDS / 4:
         return []

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from whisper_worker.audio.vad import SpeechSpan, VoiceDetector, speech_spans
 from whisper_worker.audio.windows import PAD_SECONDS, Window, plan_windows
@@ -97,7 +98,7 @@ class Pipeline:
 
     def transcribe(
         self,
-        waveform: np.ndarray,
+        waveform: npt.NDArray[np.int16],
         options: TranscribeOptions,
         *,
         cancel: CancelToken | None = None,
@@ -126,7 +127,7 @@ class _Run:
         self,
         pipeline: Pipeline,
         job: Job,
-        waveform: np.ndarray,
+        waveform: npt.NDArray[np.int16],
         options: TranscribeOptions,
         on_progress: Callable[[Progress], None] | None,
         on_segment: Callable[[Segment], None] | None,

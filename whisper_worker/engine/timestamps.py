@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as functional
 
@@ -70,7 +71,7 @@ def cut_pieces(tokens: Sequence[int], tokenizer: Tokenizer, window_seconds: floa
     return pieces, min(read, window_seconds)
 
 
-def token_times(attention: torch.Tensor) -> np.ndarray:
+def token_times(attention: torch.Tensor) -> npt.NDArray[np.float64]:
     """Boundaries of tokens in seconds, ``(n_tokens + 1,)``: token ``j`` lies between ``j`` and ``j + 1``.
 
     ``attention``: softmaxed weights ``(n_heads, n_tokens + 1, n_positions)`` of the steps
@@ -80,7 +81,7 @@ def token_times(attention: torch.Tensor) -> np.ndarray:
     weights = _median_filter((attention - mean) / std.clamp_min(1e-8))
     rows, columns = warp(-weights.mean(dim=0).double().cpu().numpy())
     jumps = np.diff(rows, prepend=-1).astype(bool)
-    times: np.ndarray = columns[jumps] * POSITION_SECONDS
+    times: npt.NDArray[np.float64] = columns[jumps] * POSITION_SECONDS
     return times
 
 
@@ -96,7 +97,7 @@ def _median_filter(x: torch.Tensor) -> torch.Tensor:
     return values[3]
 
 
-def warp(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def warp(cost: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Cheapest monotonic path through ``cost (n, m)``: the row and column of each of its cells.
 
     Moves go down, right or both. Cells of one anti-diagonal do not depend on each other, so
@@ -134,7 +135,7 @@ def warp(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def words_of(
     tokens: Sequence[int],
-    boundaries: np.ndarray,
+    boundaries: npt.NDArray[np.float64],
     probabilities: Sequence[float],
     tokenizer: Tokenizer,
     language: str | None,
