@@ -1,0 +1,335 @@
+"""A job's way through the pipeline, with the real tokenizer, scripted decodes and a detector that is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models import model_cache
+from whisper_worker.audio.vad import FRAME_SAMPLES
+from whisper_worker.cache.layout import find_model
+from whisper_worker.engine.pipeline import Pipeline, PipelineResult
+from whisper_worker.engine.recognizer import DecodingOptions, DecodingResult, DecodingRow, ModelInfo
+from whisper_worker.engine.scheduler import Scheduler
+from whisper_worker.engine.tokenizer import Tokenizer
+from whisper_worker.errors import Cancelled, InvalidInput
+from whisper_worker.settings import Settings
+from whisper_worker.types import SAMPLE_RATE, CancelToken, Progress, Segment, TranscribeOptions
+
+Said = list[tuple[float, float | None, str]]
+"""What a decode says: start, end (None: left unfinished) and text of each piece, in the window's seconds."""
+Script = Callable[[float, DecodingRow, DecodingOptions], tuple[Said, float, float]]
+"""From the window's length, its row and the attempt: what is said, avg_logprob, no_speech_prob."""
+
+
+class Detector:
+    def __init__(self, *speech: tuple[float, float], doubtful: Sequence[tuple[float, float]] = ()) -> None:
+        self.speech, self.doubtful = speech, doubtful
+
+    def probabilities(self, waveform: Any) -> Any:
+        probabilities = np.zeros(len(waveform) // FRAME_SAMPLES + 1, dtype=np.float32)
+        for spans, value in ((self.doubtful, 0.3), (self.speech, 0.95)):
+            for low, high in spans:
+                probabilities[int(low * SAMPLE_RATE / FRAME_SAMPLES) : int(high * SAMPLE_RATE / FRAME_SAMPLES)] = value
+        return probabilities
+
+
+class Scripted:
+    """A recognizer whose state is the window's length in seconds; it notes what it was asked."""
+
+    def __init__(self, tokenizer: Tokenizer, script: Script, languages: dict[str, float] | None = None) -> None:
+        self.tokenizer, self.script = tokenizer, script
+        self.languages = languages or {"en": 0.9, "de": 0.1}
+        multilingual = tokenizer.is_multilingual
+        self.info = ModelInfo("scripted", None, 80, multilingual, 448, "cpu", "float32", "scripted")
+        self.rows: list[DecodingRow] = []
+        self.steps: list[DecodingOptions] = []
+        self.encoded = 0
+
+    def default_batch_size(self) -> int:
+        return 4
+
+    def encode(self, mels: Sequence[torch.Tensor]) -> list[Any]:
+        self.encoded += len(mels)
+        return [mel.shape[1] / 100 for mel in mels]
+
+    def detect_language(self, states: Sequence[Any]) -> list[dict[str, float]]:
+        return [dict(self.languages) for _ in states]
+
+    def decode(
+        self, rows: Sequence[DecodingRow], options: DecodingOptions, cancel: Sequence[CancelToken | None]
+    ) -> list[DecodingResult]:
+        results = []
+        for row in rows:
+            self.rows.append(row)
+            self.steps.append(options)
+            said, logprob, no_speech = self.script(row.state, row, options)
+            tokens: list[int] = []
+            for start, end, text in said:
+                tokens += [self._stamp(start), *self.tokenizer.encode(text)]
+                tokens += [self._stamp(end)] if end is not None else []
+            results.append(DecodingResult(tuple(tokens), logprob, no_speech, options.temperature))
+        return results
+
+    def _stamp(self, seconds: float) -> int:
+        return self.tokenizer.timestamp_begin + round(seconds / 0.02)
+
+    def cross_attention(
+        self, rows: Sequence[DecodingRow], tokens: Sequence[Sequence[int]], options: DecodingOptions
+    ) -> list[tuple[torch.Tensor, list[float]]]:
+        """Each token attends to an equal share of the window, one after another."""
+        results = []
+        for row, sequence in zip(rows, tokens, strict=True):
+            n, positions = len(sequence) + 1, round(row.state * 50)
+            attention = torch.full((2, n, positions), 1e-4)
+            for place in range(n):
+                attention[:, place, place * positions // n : (place + 1) * positions // n] = 1.0
+            results.append((attention, [0.9] * len(sequence)))
+        return results
+
+
+@pytest.fixture(scope="module")
+def english() -> Tokenizer:
+    return tokenizer("tiny.en")
+
+
+@pytest.fixture(scope="module")
+def multilingual() -> Tokenizer:
+    return tokenizer("base")
+
+
+def tokenizer(model: str) -> Tokenizer:
+    files = find_model(Settings(model_cache=model_cache(model)))
+    return Tokenizer.load(files.processor_dir / "tokenizer.json", files.model_dir / "generation_config.json")
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., PipelineResult]]:
+    schedulers = []
+
+    def transcribe(
+        recognizer: Scripted, detector: Detector, seconds: float, options: TranscribeOptions, **callbacks: Any
+    ) -> PipelineResult:
+        scheduler = Scheduler(recognizer)  # type: ignore[arg-type]
+        schedulers.append(scheduler)
+        pipeline = Pipeline(recognizer.info, recognizer.tokenizer, scheduler, detector)  # type: ignore[arg-type]
+        waveform = np.random.default_rng(0).integers(-2000, 2000, round(seconds * SAMPLE_RATE)).astype(np.int16)
+        return pipeline.transcribe(waveform, options, **callbacks)
+
+    yield transcribe
+    for scheduler in schedulers:
+        scheduler.close()
+
+
+def plainly(text: str = " All is well.") -> Script:
+    return lambda seconds, row, options: ([(0.0, seconds - 0.3, text)], -0.2, 0.01)
+
+
+PLAIN = TranscribeOptions()
+
+
+def test_silence_is_never_decoded(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    recognizer = Scripted(english, plainly())
+    result = run(recognizer, Detector(), 60.0, PLAIN)
+    assert result.segments == ()
+    assert recognizer.encoded == 0
+
+
+def test_times_are_those_of_the_recording(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    result = run(Scripted(english, plainly()), Detector((10.0, 14.0), (40.0, 43.0)), 60.0, PLAIN)
+    assert [(round(s.start), round(s.end), s.id) for s in result.segments] == [(10, 14, 0), (40, 43, 1)]
+    assert result.language == "en"
+    assert result.gaps == ()
+
+
+def test_an_unfinished_rest_is_decoded_as_a_new_window(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        if seconds > 15:
+            return [(0.0, 5.0, " First half."), (5.0, None, " Sec")], -0.2, 0.01
+        return [(0.0, seconds - 0.3, " Second half.")], -0.2, 0.01
+
+    result = run(Scripted(english, script), Detector((0.0, 18.0)), 18.0, PLAIN)
+    assert [segment.text for segment in result.segments] == [" First half.", " Second half."]
+    assert result.segments[1].start >= 4.5
+    assert result.windows == 2
+
+
+def test_reading_stops_where_no_speech_follows(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        return [(0.0, 5.0, " All of it.")], -0.2, 0.01
+
+    result = run(Scripted(english, script), Detector((0.0, 5.2)), 9.0, PLAIN)
+    assert result.windows == 1
+
+
+def test_only_the_failing_window_is_tried_again_with_its_state_kept(
+    run: Callable[..., PipelineResult], english: Tokenizer
+) -> None:
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        if seconds > 6 and options.beam_size is None and options.temperature == 0:
+            return [(0.0, seconds - 0.3, " la" * 60)], -0.2, 0.01
+        return [(0.0, seconds - 0.3, " Plain words.")], -0.3, 0.01
+
+    recognizer = Scripted(english, script)
+    result = run(recognizer, Detector((0.0, 3.0), (20.0, 28.0)), 30.0, PLAIN)
+    assert [segment.text for segment in result.segments] == [" Plain words."] * 2
+    assert [segment.flags for segment in result.segments] == [(), ("fallback",)]
+    assert result.retried_windows == 1
+    assert recognizer.encoded == 2
+    assert len(recognizer.steps) == 3
+
+
+def test_what_fails_to_the_end_is_kept_and_doubted(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        return [(0.0, seconds - 0.3, " Perhaps this.")], -1.5 - options.temperature, 0.01
+
+    result = run(Scripted(english, script), Detector((0.0, 4.0)), 5.0, PLAIN)
+    (segment,) = result.segments
+    assert segment.flags == ("fallback", "low_logprob")
+    assert segment.temperature == 0.0
+
+
+def test_doubtful_sound_is_decoded_but_must_convince(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    weak = Scripted(english, lambda seconds, row, options: ([(0.0, 1.0, " Thank you.")], -0.9, 0.2))
+    assert run(weak, Detector(doubtful=[(3.0, 6.0)]), 10.0, PLAIN).segments == ()
+    assert weak.encoded == 1
+    sure = Scripted(english, plainly(" Quiet words."))
+    assert len(run(sure, Detector(doubtful=[(3.0, 6.0)]), 10.0, PLAIN).segments) == 1
+
+
+def test_a_prompt_read_back_is_decoded_without_the_prompt(
+    run: Callable[..., PipelineResult], english: Tokenizer
+) -> None:
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        text = " A glossary of product names." if row.prompt else " What was really said."
+        return [(0.0, seconds - 0.3, text)], -0.2, 0.01
+
+    options = TranscribeOptions(initial_prompt="A glossary of product names.")
+    result = run(Scripted(english, script), Detector((0.0, 4.0)), 5.0, options)
+    assert [segment.text for segment in result.segments] == [" What was really said."]
+
+
+def test_hotwords_and_prompt_reach_every_window(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    recognizer = Scripted(english, plainly())
+    options = TranscribeOptions(hotwords="RunPod", initial_prompt="Names:")
+    run(recognizer, Detector((0.0, 4.0), (20.0, 24.0)), 30.0, options)
+    assert {english.decode(row.prompt) for row in recognizer.rows} == {" RunPod Names:"}
+
+
+def test_each_window_is_prompted_with_the_one_before_when_asked(
+    run: Callable[..., PipelineResult], english: Tokenizer
+) -> None:
+    recognizer = Scripted(english, plainly(" One more."))
+    options = TranscribeOptions(condition_on_previous_text=True)
+    run(recognizer, Detector((0.0, 4.0), (20.0, 24.0)), 30.0, options)
+    assert [english.decode(row.prompt) for row in recognizer.rows] == ["", " One more."]
+
+
+def test_language_is_voted_within_the_allow_list(run: Callable[..., PipelineResult], multilingual: Tokenizer) -> None:
+    recognizer = Scripted(multilingual, plainly(), {"la": 0.6, "it": 0.3, "es": 0.1})
+    result = run(recognizer, Detector((0.0, 4.0)), 5.0, TranscribeOptions(languages=("it", "es")))
+    assert result.language == "it"
+    assert result.language_probability == pytest.approx(0.75)
+    assert recognizer.encoded == 1
+    assert {row.language for row in recognizer.rows} == {"it"}
+
+
+def test_an_english_model_refuses_what_it_cannot_do(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    for options in (TranscribeOptions(task="translate"), TranscribeOptions(language="de")):
+        with pytest.raises(InvalidInput):
+            run(Scripted(english, plainly()), Detector((0.0, 4.0)), 5.0, options)
+
+
+def test_clips_are_all_that_is_heard(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    options = TranscribeOptions(clip_timestamps=(10.0, 12.0))
+    result = run(Scripted(english, plainly()), Detector((0.0, 30.0)), 30.0, options)
+    assert all(segment.start >= 9.5 and segment.end <= 12.5 for segment in result.segments)
+    with pytest.raises(InvalidInput):
+        run(Scripted(english, plainly()), Detector(), 30.0, TranscribeOptions(clip_timestamps=(5.0, 1.0)))
+
+
+def test_without_vad_everything_is_decoded(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    recognizer = Scripted(english, plainly())
+    run(recognizer, Detector(), 45.0, TranscribeOptions(vad=False))
+    assert sum(row.state for row in recognizer.rows) == pytest.approx(45.0, abs=0.5)
+
+
+def test_words_stay_in_their_sound_and_a_long_pause_ends_a_segment(
+    run: Callable[..., PipelineResult], english: Tokenizer
+) -> None:
+    recognizer = Scripted(english, plainly(" one two three four five six seven eight"))
+    detector = Detector((0.5, 4.2), (5.4, 8.0))
+    result = run(recognizer, detector, 9.0, TranscribeOptions(word_timestamps=True))
+    assert len(result.segments) == 2
+    words = [word for segment in result.segments for word in segment.words or ()]
+    assert "".join(word.word for word in words) == " one two three four five six seven eight"
+    for word in words:
+        assert word.end <= 4.4 or word.start >= 5.2
+    assert "".join(segment.text for segment in result.segments) == " one two three four five six seven eight"
+    times = [time for word in words for time in (word.start, word.end)]
+    assert times == sorted(times)
+
+
+def test_segments_arrive_in_order_and_progress_ends_at_the_end(
+    run: Callable[..., PipelineResult], english: Tokenizer
+) -> None:
+    heard: list[Segment] = []
+    progress: list[Progress] = []
+    spans = [(i * 25.0, i * 25.0 + 3.0 + i) for i in range(8)]
+    result = run(
+        Scripted(english, plainly()),
+        Detector(*spans),
+        210.0,
+        PLAIN,
+        on_segment=heard.append,
+        on_progress=progress.append,
+    )
+    assert tuple(heard) == result.segments
+    assert [segment.id for segment in heard] == list(range(8))
+    assert progress[-1].done_seconds == progress[-1].total_seconds
+    assert [one.done_seconds for one in progress] == sorted(one.done_seconds for one in progress)
+
+
+def test_a_cancelled_job_ends_at_once(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    token = CancelToken()
+
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        token.cancel()
+        return [], -0.1, 0.0
+
+    spans = [(i * 25.0, i * 25.0 + 3.0) for i in range(40)]
+    recognizer = Scripted(english, script)
+    with pytest.raises(Cancelled):
+        run(recognizer, Detector(*spans), 1000.0, PLAIN, cancel=token)
+    assert len(recognizer.rows) <= 8
+
+
+def test_the_receipt_knows_speech_that_gave_no_text(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        return ([], -0.1, 0.0) if seconds > 6 else ([(0.0, seconds - 0.3, " Heard.")], -0.1, 0.0)
+
+    result = run(Scripted(english, script), Detector((0.0, 4.0), (20.0, 28.0)), 30.0, PLAIN)
+    assert len(result.gaps) == 1
+    assert result.gaps[0][0] == pytest.approx(20.0, abs=0.3)
+    assert result.transcribed_seconds < result.speech_seconds
+
+
+def test_options_an_engine_lacks_are_named(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    recognizer = Scripted(english, plainly())
+    recognizer.info = replace(recognizer.info, not_honoured=("patience",))
+    result = run(recognizer, Detector((0.0, 4.0)), 5.0, TranscribeOptions(beam_size=2, patience=2.0))
+    assert any("patience" in warning for warning in result.warnings)
+
+
+def test_suppress_tokens_are_checked(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    recognizer = Scripted(english, plainly())
+    run(recognizer, Detector((0.0, 4.0)), 5.0, TranscribeOptions(suppress_tokens="5,7"))
+    assert recognizer.steps[0].suppress_tokens == (5, 7)
+    for bad in ("x", "99999999", "-7"):
+        with pytest.raises(InvalidInput):
+            run(recognizer, Detector(), 5.0, TranscribeOptions(suppress_tokens=bad))
