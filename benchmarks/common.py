@@ -165,13 +165,14 @@ def normalize(text: str, language: str | None) -> str:
     return str((english if language in ("en", None) else basic)(text)).strip()
 
 
-def score(reference: str, hypothesis: str, language: str | None) -> Score:
-    """Word errors after normalisation; character errors, blanks left out, in languages without word breaks."""
+def score(reference: str, hypothesis: str, language: str | None, *, by_character: bool = False) -> Score:
+    """Word errors after normalisation; character errors, blanks left out, where asked for and in languages
+    without word breaks."""
     import jiwer
 
     reference, hypothesis = normalize(reference, language), normalize(hypothesis, language)
     counted: jiwer.CharacterOutput | jiwer.WordOutput
-    if language in CHARACTER_LANGUAGES:
+    if by_character or language in CHARACTER_LANGUAGES:
         counted = jiwer.process_characters("".join(reference.split()), "".join(hypothesis.split()))
     else:
         counted = jiwer.process_words(reference, hypothesis)
