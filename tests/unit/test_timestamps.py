@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from whisper_worker.engine.timestamps import clip_segment, clip_word, cut_pieces, token_times, warp
+from whisper_worker.engine.timestamps import Spans, clip_segment, clip_word, cut_pieces, token_times, warp
 
 
 class Script:
@@ -122,3 +122,14 @@ def test_a_segment_lets_go_of_its_neighbours_speech() -> None:
     assert clip_segment(4.0, 7.0, spans) == (5.7, 6.8)
     assert clip_segment(2.0, 5.8, spans) == (3.1, 4.2)
     assert clip_segment(4.1, 4.3, spans) == (4.1, 4.2)
+
+
+def test_spans_are_found_by_place() -> None:
+    spans = Spans([(1.0, 2.0), (5.0, 6.0), (8.0, 9.5)])
+    assert spans.near(1.5, 5.0) == [(1.0, 2.0)]
+    assert spans.near(2.0, 5.0) == []
+    assert spans.seconds(1.5, 8.5) == pytest.approx(2.0)
+    assert [spans.after(at) for at in (0.0, 1.5, 2.5, 9.5)] == [1.0, 1.5, 5.0, None]
+    assert spans.silence(3.0, 4.0, 20.0) == pytest.approx(3.0)
+    assert spans.silence(12.0, 13.0, 20.0) == pytest.approx(10.5)
+    assert spans.without(Spans([(1.5, 5.5), (8.2, 8.4)])) == [(1.0, 1.5), (5.5, 6.0), (8.0, 8.2), (8.4, 9.5)]

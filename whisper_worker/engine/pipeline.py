@@ -26,7 +26,7 @@ from whisper_worker.engine import quality
 from whisper_worker.engine.quality import Attempt, Verdict
 from whisper_worker.engine.recognizer import DecodingOptions, ModelInfo
 from whisper_worker.engine.scheduler import Job, Priority, Scheduler, Work
-from whisper_worker.engine.timestamps import Piece, clip_segment, clip_word, cut_pieces, token_times, words_of
+from whisper_worker.engine.timestamps import Piece, Spans, clip_segment, clip_word, cut_pieces, token_times, words_of
 from whisper_worker.errors import InvalidInput
 from whisper_worker.types import SAMPLE_RATE, CancelToken, Progress, Segment, TranscribeOptions, Word
 
@@ -161,8 +161,8 @@ class _Run:
             raise InvalidInput("The loaded model is English-only and cannot translate; load a multilingual one.")
         if options.language not in (None, "en") and not self.info.is_multilingual:
             raise InvalidInput("The loaded model knows English only; load a multilingual one or leave language out.")
-        self.spans, self.sure, windows = self._cut()
-        self.times, self.sure_times = _seconds(self.spans), _seconds(self.sure)
+        spans, sure, windows = self._cut()
+        self.heard, self.sure = _seconds(spans), _seconds(sure)
         self.total_seconds = sum(window.seconds for window in windows)
         self.done_seconds = 0.0
         pending = [_Pending(window, options.language) for window in windows]
@@ -316,7 +316,7 @@ class _Run:
             return
         text = self.tokenizer.decode(work.result.tokens).strip()
         said = [token for token in work.result.tokens if token < self.tokenizer.eot]
-        loop = quality.is_loop(said, self._speech_in(one.window.start, one.window.stop))
+        loop = quality.is_loop(said, self._sure_seconds(one.window))
         one.tried.append(quality.attempt(work.result, text, loop=loop))
         verdict = quality.judge(one.tried, self.attempts, self.options, doubtful=one.window.doubtful)
         if verdict is Verdict.RETRY and len(one.tried) < len(self.attempts):
@@ -370,17 +370,16 @@ class _Run:
     def _queue_rest(self, one: _Pending, kept: Attempt, read: float) -> None:
         """Decode again what lies behind the last timestamp, if there is speech in it."""
         window = one.window
-        start = window.start + round(read * SAMPLE_RATE)
+        at, end = window.start / SAMPLE_RATE + read, window.stop / SAMPLE_RATE
         unfinished = kept.result.tokens and not (
             len(kept.result.tokens) > 1
             and kept.result.tokens[-1] >= self.tokenizer.timestamp_begin > kept.result.tokens[-2]
         )
-        least = _REST_SECONDS[0 if unfinished else 1]
-        speech = self._speech_in(start, window.stop)
-        if read <= 0 or not one.pieces or speech < least:
+        speech = self.sure.seconds(at, end)
+        first = self.sure.after(at)
+        if read <= 0 or not one.pieces or first is None or speech < _REST_SECONDS[0 if unfinished else 1]:
             return
-        first = min((max(span.start, start) for span in self.sure if span.end > start), default=start)
-        start = max(start, first - round(PAD_SECONDS * SAMPLE_RATE))
+        start = round(max(at, first - PAD_SECONDS) * SAMPLE_RATE)
         # The model saw the end of a short rest and said nothing: what it says now must be all the surer.
         rest = Window(start - start % 160, window.stop, window.doubtful or speech < _SHORT_REST_SECONDS)
         if rest.start <= window.start:
@@ -391,9 +390,8 @@ class _Run:
         self.outstanding.append(again)
         self._submit(again)
 
-    def _speech_in(self, start: int, stop: int) -> float:
-        """Seconds of surely detected speech between two samples."""
-        return sum(max(0, min(span.end, stop) - max(span.start, start)) for span in self.sure) / SAMPLE_RATE
+    def _sure_seconds(self, window: Window) -> float:
+        return self.sure.seconds(window.start / SAMPLE_RATE, window.stop / SAMPLE_RATE)
 
     # -- segments --------------------------------------------------------------------------
 
@@ -405,7 +403,7 @@ class _Run:
         else:
             start, end = self._clip(clip_segment, offset + piece.start, offset + piece.end)
         flags = set(one.flags)
-        if not any(low < end and high > start for low, high in self.times):
+        if not self.heard.near(start, end):
             flags.add("text_over_silence")
         result = one.kept.result
         return Segment(
@@ -426,8 +424,8 @@ class _Run:
 
     def _clip(self, clip: _Clip, start: float, end: float) -> tuple[float, float]:
         """Hold times against sure speech; where there is none, against doubtful speech."""
-        clipped = clip(start, end, self.sure_times)
-        return clipped if clipped != (start, end) else clip(start, end, self.times)
+        clipped = clip(start, end, self.sure.near(start, end))
+        return clipped if clipped != (start, end) else clip(start, end, self.heard.near(start, end))
 
     def _with_words(self, one: _Pending, attention: torch.Tensor, probabilities: list[float]) -> list[Segment]:
         """Word times for the window's pieces; a piece is split where its words pause."""
@@ -489,16 +487,13 @@ class _Run:
         threshold = self.options.hallucination_silence_threshold
         if threshold is None:
             return segments
+        total = len(self.waveform) / SAMPLE_RATE
         return [
             segment
             for segment in segments
-            if "text_over_silence" not in segment.flags or self._silence_around(segment) <= threshold
+            if "text_over_silence" not in segment.flags
+            or self.heard.silence(segment.start, segment.end, total) <= threshold
         ]
-
-    def _silence_around(self, segment: Segment) -> float:
-        before = max((high for _, high in self.times if high <= segment.start), default=0.0)
-        after = min((low for low, _ in self.times if low >= segment.end), default=len(self.waveform) / SAMPLE_RATE)
-        return after - before
 
     def _emit(self, segment: Segment) -> None:
         """Number a segment, hold its times in order and inside the recording, and pass it on."""
@@ -527,14 +522,10 @@ class _Run:
             self.on_segment(done)
 
     def _result(self, language: str | None, probability: float | None) -> PipelineResult:
-        covered = [(segment.start, segment.end) for segment in self.segments]
-        speech = sum(high - low for low, high in self.times)
-        gaps = [
-            (round(low, 2), round(high, 2))
-            for low, high in _uncovered(self.times, covered)
-            if high - low >= _GAP_SECONDS
-        ]
-        missing = sum(high - low for low, high in _uncovered(self.times, covered))
+        missed = self.sure.without(Spans([(segment.start, segment.end) for segment in self.segments]))
+        speech = sum(high - low for low, high in self.sure.all)
+        gaps = [(round(low, 2), round(high, 2)) for low, high in missed if high - low >= _GAP_SECONDS]
+        missing = sum(high - low for low, high in missed)
         return PipelineResult(
             segments=tuple(self.segments),
             language=language,
@@ -548,32 +539,14 @@ class _Run:
         )
 
 
-def _seconds(spans: Sequence[SpeechSpan]) -> list[tuple[float, float]]:
-    return [(span.start / SAMPLE_RATE, span.end / SAMPLE_RATE) for span in spans]
+def _seconds(spans: Sequence[SpeechSpan]) -> Spans:
+    return Spans([(span.start / SAMPLE_RATE, span.end / SAMPLE_RATE) for span in spans])
 
 
 def _within(spans: Sequence[SpeechSpan], clips: Sequence[SpeechSpan]) -> tuple[SpeechSpan, ...]:
     """The parts of ``spans`` that lie inside ``clips``."""
     parts = (SpeechSpan(max(span.start, clip.start), min(span.end, clip.end)) for clip in clips for span in spans)
     return tuple(part for part in parts if part.end > part.start)
-
-
-def _uncovered(
-    spans: Sequence[tuple[float, float]], covered: Sequence[tuple[float, float]]
-) -> list[tuple[float, float]]:
-    """What of ``spans`` no interval of ``covered`` (rising, disjoint) touches."""
-    left: list[tuple[float, float]] = []
-    for low, high in spans:
-        start = low
-        for first, last in covered:
-            if last <= start or first >= high:
-                continue
-            if first > start:
-                left.append((start, first))
-            start = max(start, last)
-        if start < high:
-            left.append((start, high))
-    return left
 
 
 def _spread(pending: Sequence[_Pending], n: int) -> list[_Pending]:

@@ -9,6 +9,7 @@ nothing starts before its sound, and nothing spans a pause.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -179,6 +180,48 @@ def _merge_punctuation(words: list[tuple[Word, int]], prepend: str, append: str)
     if opening is not None:
         merged.append(opening)
     return merged
+
+
+class Spans:
+    """Rising, disjoint stretches of time (seconds), found by place without walking the whole file's."""
+
+    def __init__(self, spans: Sequence[tuple[float, float]]) -> None:
+        self.all = list(spans)
+        self._starts = [low for low, _ in self.all]
+        self._ends = [high for _, high in self.all]
+
+    def near(self, start: float, end: float) -> list[tuple[float, float]]:
+        """Those that overlap ``[start, end]``, whole."""
+        return self.all[bisect_right(self._ends, start) : bisect_left(self._starts, end)]
+
+    def seconds(self, start: float, end: float) -> float:
+        """How much of ``[start, end]`` they cover."""
+        return sum(min(high, end) - max(low, start) for low, high in self.near(start, end))
+
+    def after(self, at: float) -> float | None:
+        """Where the first stretch that reaches beyond ``at`` begins, or ``at`` itself if that lies inside."""
+        place = bisect_right(self._ends, at)
+        return max(self._starts[place], at) if place < len(self.all) else None
+
+    def silence(self, start: float, end: float, total: float) -> float:
+        """Length of the silence around an interval that overlaps none of them, in a file of ``total`` seconds."""
+        place = bisect_right(self._ends, start)
+        before = self._ends[place - 1] if place else 0.0
+        after = self._starts[place] if place < len(self.all) else total
+        return max(after, end) - before
+
+    def without(self, covered: Spans) -> list[tuple[float, float]]:
+        """The parts of these that no stretch of ``covered`` touches."""
+        left: list[tuple[float, float]] = []
+        for low, high in self.all:
+            start = low
+            for first, last in covered.near(low, high):
+                if first > start:
+                    left.append((start, first))
+                start = max(start, last)
+            if start < high:
+                left.append((start, high))
+        return left
 
 
 def clip_word(start: float, end: float, spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
