@@ -79,15 +79,19 @@ class Linear:
 class Int8Linear:
     """The same with 8-bit weights, scaled by output, and 8-bit inputs, scaled by row as they come.
 
-    A scale for each row, not one for the batch: what a row gives does not depend on its neighbours.
+    A scale for each row, not one for the batch: what a row gives does not depend on its neighbours, and a
+    loud row does not cost the others their precision.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, input_scale: Tensor | None = None) -> None:
+        """``input_scale``: factors ``(n_in,)`` that the inputs were divided by and the weights take over."""
         self._scale = torch.empty(len(weight))
         quantised = torch.empty(weight.shape, dtype=torch.int8)
         for first in range(0, len(weight), _ROWS_QUANTISED):
             rows = slice(first, first + _ROWS_QUANTISED)
             exact = weight[rows].float()
+            if input_scale is not None:
+                exact = exact * input_scale
             self._scale[rows] = exact.abs().amax(dim=1).div_(127).clamp_(min=1e-12)
             quantised[rows] = (exact / self._scale[rows, None]).round_()
         self._weight = torch.ops.onednn.qlinear_prepack(quantised, None)

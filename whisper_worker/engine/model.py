@@ -42,6 +42,18 @@ def resolve_compute_type(requested: str, device: torch.device) -> str:
     return "float32" if resolved == "bfloat16" and not has_fast_bfloat16() else resolved
 
 
+class _Normed:
+    """A linear over a layer norm."""
+
+    def __init__(self, gain: Tensor, bias: Tensor, linear: Linear | Int8Linear) -> None:
+        self._gain = gain
+        self._bias = bias
+        self._linear = linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(F.layer_norm(x, x.shape[-1:], self._gain, self._bias))
+
+
 class _Weights:
     """Builds the parts of a layer from a checkpoint's tensors.
 
@@ -68,6 +80,25 @@ class _Weights:
 
     def linear(self, *names: str, scale: float = 1.0) -> Linear | Int8Linear:
         """One linear out of several side by side; ``scale`` is folded into the first of them."""
+        return self.build(*self._side_by_side(names, scale))
+
+    def normed(self, norm: str, *names: str, scale: float = 1.0) -> _Normed:
+        """The same over the layer norm ``norm``."""
+        return self.build_normed(norm, *self._side_by_side(names, scale))
+
+    def build_normed(self, norm: str, weight: Tensor, bias: Tensor | None) -> _Normed:
+        gain, shift = self.norm(norm)
+        if not self._int8:
+            return _Normed(gain, shift, self.build(weight, bias))
+        # Norms put out a few channels far larger than the rest, and 8 bits must span them all. Half of the
+        # difference (in the logarithm) moves into the weights, as SmoothQuant does (Xiao et al. 2022), with the
+        # norm's own parameters for the sizes of its output.
+        least, most = torch.aminmax(weight, dim=0)
+        largest = torch.maximum(-least, most).float().clamp_(min=1e-8)
+        smooth = ((gain.abs() + shift.abs()) / largest).sqrt_().clamp_(min=1e-4)
+        return _Normed(gain / smooth, shift / smooth, Int8Linear(weight, bias, smooth))
+
+    def _side_by_side(self, names: Sequence[str], scale: float) -> tuple[Tensor, Tensor]:
         weights, biases = [], []
         for place, name in enumerate(names):
             factor = scale if place == 0 else 1.0
@@ -79,7 +110,7 @@ class _Weights:
                 if name + ".bias" in self._tensors
                 else weight.new_zeros(weight.shape[0])
             )
-        return self.build(torch.cat(weights), torch.cat(biases))
+        return torch.cat(weights), torch.cat(biases)
 
     def build(self, weight: Tensor, bias: Tensor | None) -> Linear | Int8Linear:
         return Int8Linear(weight, bias) if self._int8 else Linear(weight, bias, self.dtype)
@@ -89,24 +120,24 @@ class _EncoderLayer:
     def __init__(self, weights: _Weights, name: str, n_head: int, head_size: int) -> None:
         self._n_head = n_head
         self._dtype = weights.dtype
-        self._norm_attention = weights.norm(name + "self_attn_layer_norm")
         attention = name + "self_attn."
-        self._qkv = weights.linear(
-            attention + "q_proj", attention + "k_proj", attention + "v_proj", scale=LOG2_E * head_size**-0.5
+        self._qkv = weights.normed(
+            name + "self_attn_layer_norm",
+            attention + "q_proj",
+            attention + "k_proj",
+            attention + "v_proj",
+            scale=LOG2_E * head_size**-0.5,
         )
         self._out = weights.linear(attention + "out_proj")
-        self._norm_mlp = weights.norm(name + "final_layer_norm")
-        self._up = weights.linear(name + "fc1")
+        self._up = weights.normed(name + "final_layer_norm", name + "fc1")
         self._down = weights.linear(name + "fc2")
 
     def __call__(self, x: Tensor) -> None:
         """``x``: ``(length, n_audio_state)``, changed in place."""
         length, width = x.shape
-        qkv = self._qkv(F.layer_norm(x, (width,), *self._norm_attention))
-        query, key, value = qkv.view(length, 3, self._n_head, -1).permute(1, 2, 0, 3)
+        query, key, value = self._qkv(x).view(length, 3, self._n_head, -1).permute(1, 2, 0, 3)
         x += self._out(attend(query, key, value).transpose(0, 1).reshape(length, width))
-        hidden = self._up(F.layer_norm(x, (width,), *self._norm_mlp))
-        x += self._down(F.gelu(hidden))
+        x += self._down(F.gelu(self._up(x)))
 
 
 class _Encoder:
@@ -137,16 +168,20 @@ class _DecoderLayer:
 
     def __init__(self, weights: _Weights, name: str, n_head: int, cross_dtype: torch.dtype) -> None:
         self._n_head = n_head
-        self._norm_self = weights.norm(name + "self_attn_layer_norm")
         attention = name + "self_attn."
         width = weights.tensor(attention + "k_proj.weight").shape[0]
         self._head_size = width // n_head
         scale = self._head_size**-0.5
-        self._qkv = weights.linear(attention + "q_proj", attention + "k_proj", attention + "v_proj", scale=scale)
+        self._qkv = weights.normed(
+            name + "self_attn_layer_norm",
+            attention + "q_proj",
+            attention + "k_proj",
+            attention + "v_proj",
+            scale=scale,
+        )
         self._out = weights.linear(attention + "out_proj")
-        self._norm_cross = weights.norm(name + "encoder_attn_layer_norm")
         attention = name + "encoder_attn."
-        self._cross_query = weights.linear(attention + "q_proj", scale=scale)
+        self._cross_query = weights.normed(name + "encoder_attn_layer_norm", attention + "q_proj", scale=scale)
         by_head = (n_head, self._head_size, width)
         self._cross_key = weights.tensor(attention + "k_proj.weight").to(cross_dtype).view(by_head)
         value = weights.tensor(attention + "v_proj.weight")
@@ -156,8 +191,7 @@ class _DecoderLayer:
         bias = weights.tensor(attention + "out_proj.bias").float()
         bias = bias + out @ weights.tensor(attention + "v_proj.bias").float()
         self._cross_out = weights.build(out, bias)
-        self._norm_mlp = weights.norm(name + "final_layer_norm")
-        self._up = weights.linear(name + "fc1")
+        self._up = weights.normed(name + "final_layer_norm", name + "fc1")
         self._down = weights.linear(name + "fc2")
 
     def attend_self(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
@@ -167,7 +201,7 @@ class _DecoderLayer:
         """
         rows, n, width = x.shape
         windows = keys.shape[0]
-        qkv = self._qkv(F.layer_norm(x, (width,), *self._norm_self)).to(keys.dtype)
+        qkv = self._qkv(x).to(keys.dtype)
         query, key, value = qkv.view(windows, -1, n, 3, self._n_head, self._head_size).unbind(3)
         keys[:, :, -n:] = key.permute(0, 3, 2, 1, 4)
         values[:, :, -n:] = value.permute(0, 3, 2, 1, 4)
@@ -187,8 +221,7 @@ class _DecoderLayer:
         """
         rows, n, width = x.shape
         windows = encoded.shape[0]
-        query = self._cross_query(F.layer_norm(x, (width,), *self._norm_cross))
-        query = query.to(encoded.dtype).view(rows * n, self._n_head, self._head_size)
+        query = self._cross_query(x).to(encoded.dtype).view(rows * n, self._n_head, self._head_size)
         absorbed = torch.bmm(query.transpose(0, 1), self._cross_key).transpose(0, 1)
         scores = torch.bmm(absorbed.reshape(windows, -1, width), encoded.transpose(1, 2))
         if mask is not None:
@@ -200,7 +233,7 @@ class _DecoderLayer:
         return weights
 
     def feed_forward(self, x: Tensor) -> None:
-        x += self._down(F.gelu(self._up(F.layer_norm(x, x.shape[-1:], *self._norm_mlp))))
+        x += self._down(F.gelu(self._up(x)))
 
 
 class WhisperModel:
@@ -229,9 +262,9 @@ class WhisperModel:
             _DecoderLayer(weights, f"decoder.layers.{index}.", dims.n_text_head, dtype)
             for index in range(dims.n_text_layer)
         ]
-        self._norm = weights.norm("decoder.layer_norm")
         tied = "proj_out.weight" not in tensors
-        self._head = weights.build(weights.tensor("decoder.embed_tokens.weight" if tied else "proj_out.weight"), None)
+        head = weights.tensor("decoder.embed_tokens.weight" if tied else "proj_out.weight")
+        self._head = weights.build_normed("decoder.layer_norm", head, None)
 
     @torch.inference_mode()
     def encode(self, mels: Sequence[Tensor]) -> list[Tensor]:
@@ -265,7 +298,7 @@ class WhisperModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits ``(..., n_vocab)`` of the last layer's output."""
-        return self._head(F.layer_norm(hidden, hidden.shape[-1:], *self._norm)).float()
+        return self._head(hidden).float()
 
     def embed(self, tokens: Tensor, first: int) -> Tensor:
         """Input ``(rows, n, width)`` of the first layer for ``tokens`` ``(rows, n)`` at positions from ``first`` on."""
