@@ -91,8 +91,16 @@ def test_loops_are_told_from_repetition_by_their_speed() -> None:
     phrase = [5, 6, 7, 8]
     assert quality.longest_repeat([1, 2, *phrase * 6, 9]) == 6
     assert quality.longest_repeat([1, 2, 3, 4]) == 1
-    assert quality.is_loop(phrase * 50, speech_seconds=3.0)
-    assert not quality.is_loop(phrase * 8, speech_seconds=20.0)
+    assert quality.is_loop(phrase * 50, "he could wait " * 50, speech_seconds=3.0)
+    assert not quality.is_loop(phrase * 8, "he could wait " * 8, speech_seconds=20.0)
+
+
+def test_a_loop_of_whole_sentences_is_a_loop() -> None:
+    """One of 25 tokens once passed for speech, since no short run of tokens stood twice in a row."""
+    sentence = list(range(25))
+    text = "and then she wept and cried to the eunuch and said to him what is it that thou art saying to me now "
+    assert quality.is_loop(sentence * 9, text * 9, speech_seconds=12.0)
+    assert not quality.is_loop(sentence * 2, text * 2, speech_seconds=12.0)
 
 
 def test_prompt_echo() -> None:

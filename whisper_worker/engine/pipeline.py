@@ -316,7 +316,7 @@ class _Run:
             return
         text = self.tokenizer.decode(work.result.tokens).strip()
         said = [token for token in work.result.tokens if token < self.tokenizer.eot]
-        loop = quality.is_loop(said, self._sure_seconds(one.window))
+        loop = quality.is_loop(said, text, self._sure_seconds(one.window))
         one.tried.append(quality.attempt(work.result, text, loop=loop))
         verdict = quality.judge(one.tried, self.attempts, self.options, doubtful=one.window.doubtful)
         if verdict is Verdict.RETRY and len(one.tried) < len(self.attempts):

@@ -18,6 +18,9 @@ _DOUBTFUL_NO_SPEECH = 0.3
 _TOKENS_PER_SECOND = 8.0
 """Whoever repeats a phrase that often speaks slower than this (fast English is about 6 tokens a second)."""
 
+_LOOP_RATIO = 2.4
+"""Compression ratio of repetition, openai/whisper's: loops of whole sentences have no short repeats."""
+
 _UNSURE_LOGPROB = -0.5
 """A greedy decode less likely than this is searched again by beams. Only the few hard windows pay for it,
 and most of what beam search is good for lies in them."""
@@ -119,9 +122,10 @@ def best(tried: Sequence[Attempt], options: TranscribeOptions) -> Attempt:
     return max(plain or calm or tried, key=lambda one: one.result.avg_logprob)
 
 
-def is_loop(tokens: Sequence[int], speech_seconds: float) -> bool:
-    """Whether the text tokens repeat a phrase faster than anyone could say it."""
-    return len(tokens) > _TOKENS_PER_SECOND * max(speech_seconds, 1.0) and longest_repeat(tokens) >= 4
+def is_loop(tokens: Sequence[int], text: str, speech_seconds: float) -> bool:
+    """Whether the text tokens repeat themselves, and more quickly than anyone could say them."""
+    hurried = len(tokens) > _TOKENS_PER_SECOND * max(speech_seconds, 1.0)
+    return hurried and (longest_repeat(tokens) >= 4 or compression_ratio(text) > _LOOP_RATIO)
 
 
 def longest_repeat(tokens: Sequence[int]) -> int:
