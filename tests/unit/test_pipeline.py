@@ -167,11 +167,11 @@ def test_reading_stops_where_no_speech_follows(run: Callable[..., PipelineResult
     assert result.windows == 1
 
 
-def test_only_the_failing_window_is_tried_again_with_its_state_kept(
+def test_only_the_failing_window_is_tried_again_in_full_context(
     run: Callable[..., PipelineResult], english: Tokenizer
 ) -> None:
     def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
-        if seconds > 6 and options.beam_size is None and options.temperature == 0:
+        if row.max_timestamp > 6 and options.beam_size is None and options.temperature == 0:
             return [(0.0, seconds - 0.3, " la" * 60)], -0.2, 0.01
         return [(0.0, seconds - 0.3, " Plain words.")], -0.3, 0.01
 
@@ -180,8 +180,8 @@ def test_only_the_failing_window_is_tried_again_with_its_state_kept(
     assert [segment.text for segment in result.segments] == [" Plain words."] * 2
     assert [segment.flags for segment in result.segments] == [(), ("fallback",)]
     assert result.retried_windows == 1
-    assert recognizer.encoded == 2
-    assert len(recognizer.steps) == 3
+    assert [round(row.state) for row in recognizer.rows] in ([9, 3, 30], [3, 9, 30])
+    assert recognizer.encoded == 3
 
 
 def test_what_fails_to_the_end_is_kept_and_doubted(run: Callable[..., PipelineResult], english: Tokenizer) -> None:

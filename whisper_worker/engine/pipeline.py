@@ -6,7 +6,7 @@
 
 A job runs in its caller's thread: it cuts the waveform, hands windows to the scheduler and
 takes the decoded ones back in whatever order they are done. A window that fails its checks
-goes back for the next attempt with its encoder state kept; the rest of a window that was
+goes back for the next attempt, encoded anew in full context; the rest of a window that was
 not read to its end goes back as a new window.
 """
 
@@ -24,7 +24,7 @@ from whisper_worker.audio.vad import SpeechSpan, VoiceDetector, speech_spans
 from whisper_worker.audio.windows import PAD_SECONDS, Window, plan_windows
 from whisper_worker.engine import quality
 from whisper_worker.engine.quality import Attempt, Verdict
-from whisper_worker.engine.recognizer import DecodingOptions, ModelInfo
+from whisper_worker.engine.recognizer import N_FRAMES, DecodingOptions, ModelInfo
 from whisper_worker.engine.scheduler import Job, Priority, Scheduler, Work
 from whisper_worker.engine.timestamps import Piece, Spans, clip_segment, clip_word, cut_pieces, token_times, words_of
 from whisper_worker.errors import InvalidInput
@@ -84,6 +84,8 @@ class _Pending:
     pieces: list[Piece] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
     with_prompt: bool = True
+    wide: bool = False
+    """Encoded with silence up to 30 s behind it, as in Whisper's training."""
     probabilities: dict[str, float] = field(default_factory=dict)
 
 
@@ -267,7 +269,7 @@ class _Run:
         window = one.window
         return Work(
             key=one,
-            mel=lambda: self._mel(window),
+            mel=lambda: self._mel(window, wide=one.wide),
             seconds=window.seconds,
             options=options,
             tokens=tokens,
@@ -281,12 +283,20 @@ class _Run:
     def _first_start(self) -> int:
         return 0 if not self.prefix else min((one.window.start for one in self.outstanding), default=0)
 
-    def _mel(self, window: Window) -> torch.Tensor:
+    def _mel(self, window: Window, *, wide: bool) -> torch.Tensor:
         from whisper_worker.engine.features import log_mel
 
-        return log_mel(self.waveform, self.info.n_mels, window.start, window.stop, peak=self.peak)
+        mel = log_mel(self.waveform, self.info.n_mels, window.start, window.stop, peak=self.peak)
+        if not wide:
+            return mel
+        padded = mel.new_full((mel.shape[0], N_FRAMES), float(mel.min()))
+        padded[:, : mel.shape[1]] = mel
+        return padded
 
     def _submit(self, one: _Pending) -> None:
+        if len(one.tried) == 1 and not one.wide:
+            # The short context that made the first attempt cheap may be what made it unsure.
+            one.wide, one.work = True, None
         one.work = self._work(one, self.attempts[len(one.tried)])
         self.job.submit(one.work)
 
