@@ -30,7 +30,7 @@ def _reference(shape: str) -> Any:
         decoder_attention_heads=sizes["d_model"] // 32,
         encoder_ffn_dim=2 * sizes["d_model"],
         decoder_ffn_dim=2 * sizes["d_model"],
-        max_target_positions=64,
+        max_target_positions=150,
         attn_implementation="eager",
         bos_token_id=1,
         eos_token_id=1,
@@ -122,6 +122,25 @@ def test_rows_of_a_window_share_it_and_can_be_reordered_and_dropped(reference: A
     for row, (window, source) in enumerate([(1, 2), (1, 3), (2, 5), (2, 4)]):
         alone = model.new_state([states[window]], 1, 5)
         expected = alone.step(torch.cat([tokens[source], last[row]])[None])
+        assert torch.allclose(got[row], expected[0], atol=1e-4)
+
+
+@one_shape
+@torch.no_grad()
+def test_long_texts_outgrow_the_first_cache(reference: Any, checkpoint: Path) -> None:
+    """Prompt and tokens beyond 64, with beams that swap on the way, equal one pass over each row's own past."""
+    model = weights.load(checkpoint, "float32", "cpu")
+    states = model.encode([_mel(reference, 200, 10)])
+    rows = torch.randint(0, model.dims.n_vocab, (2, 60))
+    state = model.new_state(states, 2, 140)
+    state.step(rows)
+    for _ in range(75):
+        state.reorder_rows(torch.tensor([1, 0]))
+        added = torch.randint(0, model.dims.n_vocab, (2, 1))
+        rows = torch.cat([rows.flip(0), added], dim=1)
+        got = state.step(added)
+    for row in range(2):
+        expected = model.new_state(states, 1, 135).step(rows[row : row + 1])
         assert torch.allclose(got[row], expected[0], atol=1e-4)
 
 

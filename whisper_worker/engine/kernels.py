@@ -5,7 +5,6 @@ docs/benchmarks.md ("CPU kernels") has the figures, and what was tried and lost.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -48,21 +47,6 @@ def has_int8() -> bool:
     except (RuntimeError, AttributeError):
         return False
     return True
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed blocks for the next use.
-
-    By default every block of some hundred kilobytes goes back to the system when it is freed, and
-    its pages are cleared and mapped anew at the next call: a fifth of the encoder's time.
-    """
-    mmap_threshold, trim_threshold = -3, -1
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return  # not glibc
-    mallopt(mmap_threshold, 32 * 2**20)
-    mallopt(trim_threshold, 256 * 2**20)
 
 
 class Linear:

@@ -27,6 +27,9 @@ PAD_STEP = 100
 
 MAX_FRAMES = 3000
 
+_CACHE_STEP = 64
+"""Tokens by which the cache of keys and values grows: few windows come near the most they may hold."""
+
 
 def resolve_compute_type(requested: str, device: torch.device) -> str:
     """What ``requested`` becomes on ``device``: ``float32``, ``bfloat16``, ``float16`` or ``int8``.
@@ -256,7 +259,8 @@ class WhisperModel:
         stream = torch.float32 if device.type == "cpu" else dtype
         self._encoder = _Encoder(dims, _Weights(tensors, device, dtype, stream, int8=False))
         weights = _Weights(tensors, device, dtype, stream, int8)
-        self._embedding = weights.tensor("decoder.embed_tokens.weight")
+        # A copy in any case: the last tensor to use the mapped file keeps all of it in memory.
+        self._embedding = weights.tensor("decoder.embed_tokens.weight").clone()
         self._positions = weights.tensor("decoder.embed_positions.weight").to(stream)
         self._layers = [
             _DecoderLayer(weights, f"decoder.layers.{index}.", dims.n_text_head, dtype)
@@ -334,12 +338,9 @@ class DecoderState:
             self._mask = self._encoded.new_zeros(self.n_windows, 1, longest)
             for window, length in enumerate(n_positions):
                 self._mask[window, :, length:] = -math.inf
-        dims = model.dims
-        head_size = dims.n_text_state // dims.n_text_head
-        # Keys and values of all layers in one block.
-        shape = (dims.n_text_layer, 2, self.n_windows, dims.n_text_head, max_tokens, rows_per_window, head_size)
-        dtype = torch.float32 if model.device.type == "cpu" else self._encoded.dtype
-        self._cache = torch.empty(shape, dtype=dtype, device=model.device)
+        self._max_tokens = max_tokens
+        # By layer: keys and values, (2, windows, heads, capacity, rows of a window, head size).
+        self._cache = self._empty_cache(0)
         # The row of its window under which each row's token at each position was computed: (rows, position).
         self._written_by = torch.empty(self.n_windows * rows_per_window, 0, dtype=torch.long, device=model.device)
 
@@ -357,19 +358,35 @@ class DecoderState:
         Into ``cross_weights`` go the weights of cross-attention by layer, as ``_DecoderLayer.attend_cross`` gives them.
         """
         rows, n = tokens.shape
+        self._make_room(self.length + n)
         x = self._model.embed(tokens, self.length)
         self.length += n
         own = torch.arange(rows, device=x.device).remainder_(self.rows_per_window)
         self._written_by = torch.cat([self._written_by, own[:, None].expand(rows, n)], dim=1)
         mask = self._mask_of_rows(n)
         for index, layer in enumerate(self._model.layers):
-            keys, values = self._cache[index, :, :, :, : self.length]
+            keys, values = self._cache[index][:, :, :, : self.length]
             layer.attend_self(x, keys, values, mask)
             weights = layer.attend_cross(x, self._encoded, self._mask)
             if cross_weights is not None:
                 cross_weights[index] = weights
             layer.feed_forward(x)
         return x
+
+    def _empty_cache(self, capacity: int) -> list[Tensor]:
+        dims = self._model.dims
+        head_size = dims.n_text_state // dims.n_text_head
+        shape = (2, self.n_windows, dims.n_text_head, capacity, self.rows_per_window, head_size)
+        dtype = torch.float32 if self._encoded.device.type == "cpu" else self._encoded.dtype
+        return [torch.empty(shape, dtype=dtype, device=self._encoded.device) for _ in range(dims.n_text_layer)]
+
+    def _make_room(self, n_tokens: int) -> None:
+        if n_tokens <= self._cache[0].shape[3]:
+            return
+        capacity = min(self._max_tokens, math.ceil(n_tokens / _CACHE_STEP) * _CACHE_STEP)
+        old, self._cache = self._cache, self._empty_cache(max(capacity, n_tokens))
+        for source, target in zip(old, self._cache, strict=True):
+            target[:, :, :, : self.length] = source[:, :, :, : self.length]
 
     def _mask_of_rows(self, n: int) -> Tensor | None:
         """Which entries of its window's cache each of the last ``n`` tokens of a row may see.
@@ -395,7 +412,8 @@ class DecoderState:
         """Only the windows ``index`` stay, in that order; the others leave with their rows."""
         written_by = self._written_by.view(self.n_windows, self.rows_per_window, -1)
         self._written_by = written_by[index].flatten(0, 1)
-        self._cache = self._cache[:, :, index]
+        for layer, entries in enumerate(self._cache):
+            self._cache[layer] = entries[:, index]
         self._encoded = self._encoded[index]
         if self._mask is not None:
             self._mask = self._mask[index]

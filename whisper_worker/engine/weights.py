@@ -51,10 +51,8 @@ def load(model_dir: Path, compute_type: str, device: str) -> WhisperModel:
     ``compute_type`` is one of ``settings.COMPUTE_TYPES``; ``device`` is ``auto``, ``cpu`` or ``cuda``.
     Raises :class:`ModelError` where the checkpoint is missing, damaged or no Whisper, or the device is not there.
     """
-    from whisper_worker.engine.kernels import keep_freed_memory
     from whisper_worker.engine.model import WhisperModel
 
-    keep_freed_memory()
     config = _read_json(model_dir / "config.json")
     tensors = {name.removeprefix("model."): tensor for name, tensor in _read_tensors(model_dir).items()}
     try:
