@@ -16,6 +16,7 @@ import gc
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -114,7 +115,7 @@ def _measure(variants: Variants, rounds: int) -> dict[str, dict[str, float]]:
 
 def _encode(model: WhisperModel) -> Variants:
     mels = {seconds: torch.randn(model.dims.n_mels, 100 * seconds).clamp_(-1, 1) for seconds in (10, 20, 30)}
-    return {f"{seconds} s *": (lambda mel=mel: model.encode([mel])) for seconds, mel in mels.items()}
+    return {f"{seconds} s *": partial(model.encode, [mel]) for seconds, mel in mels.items()}
 
 
 def _step(model: WhisperModel, n_windows: int, rows: int = 1) -> Variants:
@@ -125,12 +126,9 @@ def _step(model: WhisperModel, n_windows: int, rows: int = 1) -> Variants:
     def steps() -> None:
         state = model.new_state(encoded, rows, TOKENS + repeats)
         state.step(token.expand(-1, TOKENS))
-        nonlocal started_wall, started_cpu
-        started_wall, started_cpu = time.perf_counter(), time.process_time()
         for _ in range(repeats):
             state.step(token)
 
-    started_wall = started_cpu = 0.0
     return {f"{repeats} steps after a prompt of {TOKENS} *": steps}
 
 
@@ -149,7 +147,7 @@ def _attention(dims: ModelDims) -> Variants:
             torch.bmm(torch.softmax(torch.bmm(block, key.transpose(1, 2)), dim=-1), value)
 
     return {
-        "fused, float32": lambda: F.scaled_dot_product_attention(*(part[None] for part in exact)),
+        "fused, float32": lambda: F.scaled_dot_product_attention(exact[0][None], exact[1][None], exact[2][None]),
         "fused, bfloat16": lambda: F.scaled_dot_product_attention(query[None], key[None], value[None]),
         "whole score matrix, softmax": lambda: torch.bmm(
             torch.softmax(torch.bmm(scaled, key.transpose(1, 2)), dim=-1), value
