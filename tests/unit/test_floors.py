@@ -60,6 +60,8 @@ def floor_of(module: str) -> int:
     if parts[0] != PACKAGE:
         return TOP_FLOOR
     room = parts[1] if len(parts) > 1 else "__init__"
+    if room == "__main__":
+        return TOP_FLOOR
     for number, rooms in enumerate(FLOORS):
         if room in rooms:
             return number
