@@ -180,6 +180,28 @@ class Settings:
         "Price of this machine per hour; when set, receipts carry a cost.",
         "WHISPER_PRICE_PER_HOUR",
     )
+    service_url: str | None = _setting(
+        None,
+        _text,
+        "HTTP service that the `whisper` command sends its files to; unset: it transcribes them itself.",
+        "WHISPER_SERVICE_URL",
+        shown="none",
+    )
+    service_key_file: Path | None = _setting(
+        None,
+        _path,
+        "File with the key that the `whisper` command shows to that service.",
+        "WHISPER_SERVICE_KEY_FILE",
+        shown="none",
+    )
+    runtime_dir: Path | None = _setting(
+        None,
+        _path,
+        "Where `whisper --keep-warm` keeps its socket; a directory of its own is made in it.",
+        "WHISPER_RUNTIME_DIR",
+        "XDG_RUNTIME_DIR",
+        shown="the system's temporary directory",
+    )
     log_format: str = _setting("text", _choice("text", "json"), "Log lines as text or JSON.", "LOG_FORMAT")
     log_level: str = _setting(
         "INFO",
@@ -205,6 +227,16 @@ class Settings:
                     raise InvalidInput(f"The environment variable {variable} {reason}.") from error
                 break
         return cls(**values)
+
+    def for_child(self) -> dict[str, str]:
+        """The environment in which a child process reads these very settings."""
+        environ = dict(os.environ)
+        for spec in fields(self):
+            variable, value = spec.metadata["variables"][0], getattr(self, spec.name)
+            environ.pop(variable, None)
+            if value != spec.default:
+                environ[variable] = str(value)
+        return environ
 
 
 def settings_table() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,10 @@ def test_blank_counts_as_unset() -> None:
 
 def test_the_readme_table_is_the_one_the_settings_print() -> None:
     assert settings_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_child_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option of the command line wins over the variable, where it goes back to the default too."""
+    monkeypatch.setattr(os, "environ", {"WHISPER_DEVICE": "cuda", "WHISPER_MODEL": "large"})
+    settings = replace(Settings(), model="tiny.en", strict=True, threads=2, model_cache=Path("/models"))
+    assert Settings.from_env(settings.for_child()) == settings
