@@ -23,7 +23,7 @@ from hypothesis.extra import numpy as hnp
 
 from whisper_worker.audio import vad
 from whisper_worker.audio.decode import decode
-from whisper_worker.audio.vad import FRAME_SAMPLES, SpeechSpan, VoiceDetector, speech_spans
+from whisper_worker.audio.vad import FRAME_SAMPLES, SpeechSpan, VoiceDetector, VoiceStream, speech_spans
 from whisper_worker.errors import ModelError
 from whisper_worker.settings import Settings
 from whisper_worker.types import SAMPLE_RATE
@@ -69,7 +69,7 @@ def stock_model() -> Iterator[Any]:
 
 
 def test_probabilities_equal_the_stock_model(stock_model: Any, speech: np.ndarray) -> None:
-    ours = vad._Network(vad._load_weights()).run(speech, np.ones(-(-len(speech) // 512), dtype=np.float32))
+    ours = vad._Network(vad._load_weights()).run(speech, np.ones(-(-len(speech) // 512), dtype=np.float32), 0, None)[0]
     wave = torch.from_numpy(np.pad(speech, (0, -len(speech) % 512)).astype(np.float32) / 32768)
     stock_model.reset_states()
     with torch.inference_mode():
@@ -172,7 +172,7 @@ def test_a_quiet_speaker_after_a_loud_one_is_heard(detector: VoiceDetector, spee
     # The same samples without the level's help: the network is deaf to them.
     network = detector._network
     assert network is not None
-    deaf = network.run(joined, np.ones(-(-len(joined) // FRAME_SAMPLES), dtype=np.float32))
+    deaf = network.run(joined, np.ones(-(-len(joined) // FRAME_SAMPLES), dtype=np.float32), 0, None)[0]
     assert covered(speech_spans(deaf, len(joined)), expected) < 0.5
 
 
@@ -184,6 +184,25 @@ def test_speech_after_long_noise_begins_in_time(detector: VoiceDetector, speech:
     truth = speech_spans(detector.probabilities(speech), len(speech))[0].start
     start = speech_spans(detector.probabilities(joined), len(joined))[0].start - before
     assert abs(start - truth) < 0.25 * SAMPLE_RATE
+
+
+@pytest.mark.parametrize("piece", [160, 512, 4096, 100_000])
+def test_a_stream_hears_what_the_whole_file_holds(detector: VoiceDetector, speech: np.ndarray, piece: int) -> None:
+    stream = VoiceStream(detector)
+    parts = [stream.feed(speech[at : at + piece]) for at in range(0, len(speech), piece)]
+    heard = np.concatenate(parts)
+    whole = detector.probabilities(speech)[: len(heard)]
+    assert len(heard) == len(speech) // FRAME_SAMPLES
+    # Only the gain differs a little: a file knows the level of the second to come.
+    assert np.abs(heard - whole).max() < 0.05
+
+
+def test_a_stream_hears_a_quiet_speaker(detector: VoiceDetector, speech: np.ndarray) -> None:
+    faint = at_peak(speech, -43)
+    stream = VoiceStream(detector)
+    heard = np.concatenate([stream.feed(faint[at : at + 1600]) for at in range(0, len(faint), 1600)])
+    truth = speech_spans(detector.probabilities(speech), len(speech))
+    assert covered(speech_spans(heard, len(faint)), truth) > 0.85
 
 
 def test_gain_is_one_for_loud_sound_and_bounded_for_faint() -> None:

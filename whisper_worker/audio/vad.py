@@ -32,6 +32,9 @@ from whisper_worker.types import SAMPLE_RATE
 if TYPE_CHECKING:
     import torch
 
+    _Memory = tuple[torch.Tensor, torch.Tensor]
+    """The LSTM's hidden state and cell after the last frame."""
+
 FRAME_SAMPLES = 512
 """Samples for each probability: 32 ms."""
 
@@ -56,6 +59,8 @@ either way) stay under ``_LOUD_RMS`` is amplified up to it, at most by ``_MAX_GA
 that its quiet frames pass ``_FLOOR_RMS``. The network's answer falls with the level, and after
 loud speech it is deaf to a quiet speaker; noise is no speech to it at any level, but loud noise
 before speech makes it late. docs/decisions.md has the figures."""
+_STREAM_LEVEL_FRAMES = 4 * _LEVEL_FRAMES
+"""Past frames that a stream judges its level by: two seconds, whole stretches of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +89,47 @@ class VoiceDetector:
         The end is filled up with silence to a whole frame. Quiet parts are amplified for the
         network's ears alone.
         """
+        if not len(waveform):
+            return np.empty(0, dtype=np.float32)
+        return self._run(waveform, _gains(waveform), 0, None)[0]
+
+    def _run(
+        self, waveform: npt.NDArray[np.int16], gains: npt.NDArray[np.float32], first_frame: int, memory: _Memory | None
+    ) -> tuple[npt.NDArray[np.float32], _Memory]:
         with self._lock:
             if self._network is None:
                 self._network = _Network(_load_weights())
             if self._worker is None:
                 self._worker = _one_thread_worker()
-        if not len(waveform):
+        return self._worker.submit(self._network.run, waveform, gains, first_frame, memory).result()
+
+
+class VoiceStream:
+    """The detector on sound that is still coming in: hears each frame once, remembering what came before.
+
+    Levels are judged by the past two seconds alone, so the first frames of a quiet speaker after a
+    loud one may count for less than they would in a whole file. Not thread-safe; one for each stream.
+    """
+
+    def __init__(self, detector: VoiceDetector) -> None:
+        self._detector = detector
+        self._heard = np.empty(0, dtype=np.int16)
+        """Whole frames already judged: the last of them is the next frame's context, all give its level."""
+        self._rest = np.empty(0, dtype=np.int16)
+        self._memory: _Memory | None = None
+
+    def feed(self, samples: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
+        """Probabilities, float32 ``(n,)``, of the 512-sample frames that int16 ``samples`` complete."""
+        self._rest = np.concatenate([self._rest, samples])
+        n_new = len(self._rest) // FRAME_SAMPLES
+        if not n_new:
             return np.empty(0, dtype=np.float32)
-        return self._worker.submit(self._network.run, waveform, _gains(waveform)).result()
+        waveform = np.concatenate([self._heard, self._rest[: n_new * FRAME_SAMPLES]])
+        first = len(self._heard) // FRAME_SAMPLES
+        found, self._memory = self._detector._run(waveform, _gains(waveform), first, self._memory)
+        self._rest = self._rest[n_new * FRAME_SAMPLES :].copy()
+        self._heard = waveform[-_STREAM_LEVEL_FRAMES * FRAME_SAMPLES :].copy()
+        return found
 
 
 def _one_thread_worker() -> ThreadPoolExecutor:
@@ -138,24 +176,28 @@ class _Network:
         self._out_bias = weights["out.bias"]
         self._window = torch.hann_window(_FFT)
 
-    def run(self, waveform: npt.NDArray[np.int16], gains: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def run(
+        self, waveform: npt.NDArray[np.int16], gains: npt.NDArray[np.float32], first_frame: int, memory: _Memory | None
+    ) -> tuple[npt.NDArray[np.float32], _Memory]:
+        """Probabilities of the frames from ``first_frame`` on, and what to remember for those that follow."""
         import torch
 
         n_frames = math.ceil(len(waveform) / FRAME_SAMPLES)
-        result = np.empty(n_frames, dtype=np.float32)
+        result = np.empty(n_frames - first_frame, dtype=np.float32)
         with torch.inference_mode():
-            block = min(_BLOCK, n_frames)
+            block = min(_BLOCK, n_frames - first_frame)
             work = _Workspace(block)
-            hidden = cell = torch.zeros(1, 1, _STATE)
-            for first in range(0, n_frames, _BLOCK):
+            hidden, cell = memory or (torch.zeros(1, 1, _STATE), torch.zeros(1, 1, _STATE))
+            for first in range(first_frame, n_frames, _BLOCK):
                 count = min(block, n_frames - first)
                 work.fill(waveform, first * FRAME_SAMPLES - _CONTEXT)
                 work.gains[:count] = torch.from_numpy(gains[first : first + count])
                 heard = self._before_lstm(work)[None, :count]
                 heard, hidden, cell = torch.lstm(heard, (hidden, cell), self._lstm, True, 1, 0.0, False, False, True)
                 logits = torch.addmm(self._out_bias, heard[0].relu_(), self._out)
-                result[first : first + count] = torch.sigmoid(logits)[:, 0].numpy()
-        return result
+                place = first - first_frame
+                result[place : place + count] = torch.sigmoid(logits)[:, 0].numpy()
+        return result, (hidden, cell)
 
     def _before_lstm(self, work: _Workspace) -> torch.Tensor:
         """``(frames, 128)`` from the samples in ``work``."""

@@ -60,7 +60,7 @@ class _Rules:
         self._eot = tokenizer.eot
         self._begin = tokenizer.timestamp_begin
         self._timestamps = not options.without_timestamps
-        self._blank = torch.tensor(tokenizer.blank_tokens)
+        self._blank = torch.tensor(tokenizer.blank_tokens if options.suppress_blank else (), dtype=torch.long)
         self._suppressed = torch.tensor(sorted({*options.suppress_tokens, *tokenizer.control_tokens}))
         self._max_initial = self._begin + round(MAX_INITIAL_TIMESTAMP / POSITION_SECONDS)
         limits = [self._begin + math.ceil(round(row.max_timestamp / POSITION_SECONDS, 3)) for row in rows]

@@ -55,6 +55,8 @@ class DecodingOptions:
     patience: float | None = None
     length_penalty: float | None = None
     suppress_tokens: tuple[int, ...] = ()
+    suppress_blank: bool = True
+    """Keep an end of text and a lone blank from being the first token sampled."""
     without_timestamps: bool = False
     max_new_tokens: int = 224
     seed: int = 0

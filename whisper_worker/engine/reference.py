@@ -203,10 +203,10 @@ class ReferenceRecognizer:
         suppressed = {*options.suppress_tokens, *tokenizer.control_tokens}
         if options.without_timestamps:
             suppressed.update(range(tokenizer.timestamp_begin, self._model.config.vocab_size))
-        rules: list[Any] = [
-            hf.SuppressTokensAtBeginLogitsProcessor(list(tokenizer.blank_tokens), n_prompt, device=device),
-            hf.SuppressTokensLogitsProcessor(sorted(suppressed), device=device),
-        ]
+        rules: list[Any] = [hf.SuppressTokensLogitsProcessor(sorted(suppressed), device=device)]
+        if options.suppress_blank:
+            blank = list(tokenizer.blank_tokens)
+            rules.append(hf.SuppressTokensAtBeginLogitsProcessor(blank, n_prompt, device=device))
         if not options.without_timestamps:
             names = _TimestampNames(
                 tokenizer.no_timestamps, tokenizer.eot, round(MAX_INITIAL_TIMESTAMP / POSITION_SECONDS)
