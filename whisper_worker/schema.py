@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from whisper_worker.errors import InvalidInput
 from whisper_worker.languages import language_code
 from whisper_worker.settings import Settings
-from whisper_worker.types import FORMATS, AudioSource, JobInput, Receipt, Segment, TranscribeOptions, Transcript
+from whisper_worker.types import FORMATS, AudioSource, JobInput, Receipt, Segment, TranscribeOptions, Transcript, Word
+
+_T = TypeVar("_T")
 
 SOURCE_KEYS = ("audio_url", "audio_base64")
 ALIASES = {
@@ -167,16 +169,19 @@ _NULL_MEANS_OFF = frozenset(
 """Options for which openai/whisper takes None as "off"; any other null counts as absent."""
 
 
-def job_input_from_dict(payload: Mapping[str, object], settings: Settings) -> JobInput:
+def job_input_from_dict(
+    payload: Mapping[str, object], settings: Settings, source: AudioSource | None = None
+) -> JobInput:
     """Check a request. Raises :class:`InvalidInput` naming the field.
 
+    ``source`` is audio that did not come in the payload (an upload, a local file); then the payload names none.
     A key that is not understood, or that cannot have an effect beside the others, is named
     in ``warnings``; with ``strict`` (in the payload, or WHISPER_STRICT) it is refused.
     """
     values = _rename(payload)
     strict = _parse("strict", values.pop("strict", None), _flag, settings.strict)
     formats = _parse("formats", values.pop("formats", None), _formats, ())
-    source = _source(values)
+    source = source or _source(values)
     given: dict[str, Any] = {}
     for name, parse in _OPTIONS.items():
         if name not in values:
@@ -301,3 +306,42 @@ def _receipt(receipt: Receipt) -> dict[str, Any]:
     if receipt.cost is None:
         del data["cost"]
     return data
+
+
+def transcript_from_dict(data: Mapping[str, Any]) -> Transcript:
+    """What :func:`transcript_to_dict` wrote, as another process answered it; unknown keys are passed over.
+
+    Raises :class:`InvalidInput` where it is not a transcript.
+    """
+    try:
+        receipt = data.get("receipt")
+        return Transcript(
+            text=_text(data["text"]),
+            language=data["language"],
+            language_probability=data.get("language_probability"),
+            duration=float(data["duration"]),
+            segments=tuple(_segment(segment) for segment in data["segments"]),
+            warnings=tuple(_text(warning) for warning in data.get("warnings", ())),
+            receipt=None if receipt is None else _known(Receipt, receipt, gaps=tuple(map(tuple, receipt["gaps"]))),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InvalidInput("The answer is not a transcript: is it a service of this kind and version?") from None
+
+
+def _segment(data: Mapping[str, Any]) -> Segment:
+    words = data.get("words")
+    return _known(
+        Segment,
+        data,
+        start=float(data["start"]),
+        end=float(data["end"]),
+        text=_text(data["text"]),
+        tokens=tuple(data.get("tokens", ())),
+        words=None if words is None else tuple(_known(Word, word) for word in words),
+        flags=tuple(data.get("flags", ())),
+    )
+
+
+def _known(kind: Callable[..., _T], data: Mapping[str, Any], **converted: object) -> _T:
+    names = {spec.name for spec in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in data.items() if name in names} | converted)

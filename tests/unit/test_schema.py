@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from whisper_worker.errors import InvalidInput
-from whisper_worker.schema import job_input_from_dict, segment_to_dict, transcript_to_dict
+from whisper_worker.schema import job_input_from_dict, segment_to_dict, transcript_from_dict, transcript_to_dict
 from whisper_worker.settings import Settings
-from whisper_worker.types import Segment, TranscribeOptions, Transcript, Word
+from whisper_worker.types import AudioSource, Receipt, Segment, TranscribeOptions, Transcript, Word
 
 URL = {"audio_url": "https://example.com/a.mp3"}
 SETTINGS = Settings()
@@ -131,3 +134,52 @@ def test_segments_carry_optional_keys_only_where_known() -> None:
     answer = transcript_to_dict(Transcript("Hi.", "en", 1.0, 1.0, (worded,)))
     assert answer["segments"] == [data]
     assert answer["receipt"] is None
+
+
+def test_audio_beside_the_payload_is_taken_and_a_second_one_is_named() -> None:
+    source = AudioSource(path=Path("call.wav"))
+    assert job_input_from_dict({"language": "de"}, SETTINGS, source).source is source
+    job = job_input_from_dict({"audio_url": "https://example.com/a"}, SETTINGS, source)
+    assert job.source is source
+    assert "audio_url" in job.warnings[0]
+
+
+def test_an_answer_reads_back_as_the_transcript_it_was() -> None:
+    receipt = Receipt(
+        stages={"total": 1.0},
+        audio_seconds=2.0,
+        speech_seconds=1.5,
+        transcribed_seconds=1.5,
+        gaps=((0.5, 1.75),),
+        rtfx=2.0,
+        windows=1,
+        retried_windows=0,
+        batch_size=4,
+        device="cpu",
+        compute_type="float32",
+        engine="native",
+        peak_memory_mb=100.0,
+        model="openai/whisper-tiny.en",
+        revision=None,
+    )
+    words = (Word(" Hi.", 0.0, 0.5, 0.9),)
+    segment = Segment(0, 0.0, 0.5, " Hi.", -0.1, 0.0, 1.0, 0.0, (1, 2), 0, "en", words, ("loop",))
+    transcript = Transcript("Hi.", "en", 1.0, 2.0, (segment,), ("a warning",), receipt)
+    over_the_wire = json.loads(json.dumps(transcript_to_dict(transcript)))
+    assert transcript_from_dict({**over_the_wire, "formats": {"txt": "Hi."}}) == transcript
+    bare = Transcript("", None, None, 0.0, ())
+    assert transcript_from_dict(transcript_to_dict(bare)) == bare
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"text": None, "language": None, "duration": 1, "segments": []},
+        {"text": "x", "language": "en", "duration": 1.0, "segments": [{"start": 0}]},
+        {"text": "x", "language": "en", "duration": 1.0, "segments": "none"},
+    ],
+)
+def test_an_answer_that_is_no_transcript_is_refused(answer: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput, match="not a transcript"):
+        transcript_from_dict(answer)
