@@ -6,11 +6,12 @@ first job's audio is already fetched and decoded.
 
 from __future__ import annotations
 
-import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whisper_worker.errors import InternalError, WhisperWorkerError
@@ -20,11 +21,14 @@ from whisper_worker.settings import Settings
 from whisper_worker.types import CancelToken, JobInput, Progress, Receipt, Segment, Transcript
 
 if TYPE_CHECKING:
+    from whisper_worker.audio.decode import DecodedAudio
     from whisper_worker.engine.pipeline import Pipeline, PipelineResult
-    from whisper_worker.engine.recognizer import Recognizer
+    from whisper_worker.engine.recognizer import ModelInfo, Recognizer
     from whisper_worker.engine.scheduler import Priority, Scheduler
 
 _log = get_logger("service")
+
+_Decode = Callable[[Path, Settings, Path, CancelToken], "tuple[DecodedAudio, ...]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,14 @@ class Service:
         engine = self._engine
         return engine is not None and engine.done() and engine.exception() is None
 
+    @property
+    def info(self) -> ModelInfo | None:
+        """The loaded model; None while there is none."""
+        engine = self._engine
+        if engine is None or not engine.done() or engine.exception() is not None:
+            return None
+        return engine.result().recognizer.info
+
     def _start_loading(self) -> Future[_Engine]:
         """The engine, loading in a thread of its own if nobody has begun. A failed load is tried anew."""
         with self._lock:
@@ -79,43 +91,87 @@ class Service:
         priority: Priority | None = None,
     ) -> Transcript:
         """Run one job in the calling thread. Raises typed errors only."""
-        try:
-            return self._transcribe(job, cancel or CancelToken(), on_progress, on_segment, priority)
-        except WhisperWorkerError:
-            raise
-        except Exception as error:
-            _log.exception("Unexpected failure")
-            raise InternalError("The worker failed on this job; try again, and report it if it fails again.") from error
+        with _typed_errors():
+            timer, cancel = StageTimer(), cancel or CancelToken()
+            engine, (audio,), warnings = self._prepare(job, cancel, timer, _decode_mix)
+            return self._recognize(engine, job, audio, warnings, timer, cancel, on_progress, on_segment, priority)
 
-    def _transcribe(
+    def transcribe_channels(
         self,
         job: JobInput,
-        cancel: CancelToken,
-        on_progress: Callable[[Progress], None] | None,
-        on_segment: Callable[[Segment], None] | None,
-        priority: Priority | None,
-    ) -> Transcript:
-        from whisper_worker.audio.decode import decode
+        *,
+        cancel: CancelToken | None = None,
+        priority: Priority | None = None,
+    ) -> tuple[Transcript, ...]:
+        """A transcript for every channel that holds a speaker of its own, as telephone recordings have them.
+
+        One, of the mix, where the channels are one or sound alike; a warning says which. A later
+        transcript's receipt counts the earlier ones' seconds too. Raises typed errors only.
+        """
+        from whisper_worker.audio.channels import decode_channels
+
+        with _typed_errors():
+            timer, cancel = StageTimer(), cancel or CancelToken()
+            engine, audios, warnings = self._prepare(job, cancel, timer, decode_channels)
+            return tuple(
+                self._recognize(engine, job, audio, warnings, timer, cancel, None, None, priority) for audio in audios
+            )
+
+    def detect_language(
+        self,
+        job: JobInput,
+        *,
+        cancel: CancelToken | None = None,
+        priority: Priority | None = None,
+    ) -> tuple[str | None, float | None]:
+        """Code and probability of the language spoken, None where nobody speaks; typed errors only."""
+        from whisper_worker.engine.scheduler import Priority
+
+        with _typed_errors():
+            cancel = cancel or CancelToken()
+            engine, (audio,), _ = self._prepare(job, cancel, StageTimer(), _decode_mix)
+            return engine.pipeline.detect_language(
+                audio.waveform,
+                job.options,
+                cancel=cancel,
+                priority=Priority.BULK if priority is None else priority,
+            )
+
+    def _prepare(
+        self, job: JobInput, cancel: CancelToken, timer: StageTimer, decode: _Decode
+    ) -> tuple[_Engine, tuple[DecodedAudio, ...], tuple[str, ...]]:
+        """The engine, the job's audio as ``decode`` gives it, and what was said about fetching it."""
         from whisper_worker.audio.fetch import fetch
         from whisper_worker.audio.jobdir import clean_leftovers, job_directory
 
         if not self._cleaned:
             self._cleaned = True
             clean_leftovers(self.settings)
-        timer = StageTimer()
         loading = self._start_loading()
         with job_directory(self.settings) as directory:
             with timer.stage("fetch"):
                 fetched = fetch(job.source, directory, self.settings, cancel)
             with timer.stage("decode"):
-                audio = decode(fetched.path, self.settings, directory=directory, cancel=cancel)
-            # Hours of PCM may follow: the compressed original has done its part.
-            shutil.rmtree(directory, ignore_errors=True)
+                audios = decode(fetched.path, self.settings, directory, cancel)
         with timer.stage("load"):
             engine = loading.result()
-        _log.info("Starting transcription", extra={"fields": {"audio_seconds": round(audio.duration, 1)}})
+        return engine, audios, fetched.warnings
+
+    def _recognize(
+        self,
+        engine: _Engine,
+        job: JobInput,
+        audio: DecodedAudio,
+        warnings: tuple[str, ...],
+        timer: StageTimer,
+        cancel: CancelToken,
+        on_progress: Callable[[Progress], None] | None,
+        on_segment: Callable[[Segment], None] | None,
+        priority: Priority | None,
+    ) -> Transcript:
         from whisper_worker.engine.scheduler import Priority
 
+        _log.info("Starting transcription", extra={"fields": {"audio_seconds": round(audio.duration, 1)}})
         with timer.stage("recognize"):
             result = engine.pipeline.transcribe(
                 audio.waveform,
@@ -132,7 +188,7 @@ class Service:
             language_probability=result.language_probability,
             duration=round(audio.duration, 3),
             segments=result.segments,
-            warnings=(*job.warnings, *fetched.warnings, *audio.warnings, *result.warnings),
+            warnings=(*job.warnings, *warnings, *audio.warnings, *result.warnings),
             receipt=self._receipt(engine, result, timer, audio.duration),
         )
 
@@ -165,6 +221,23 @@ class Service:
             engine, self._engine = self._engine, None
         if engine is not None and engine.exception() is None:
             engine.result().scheduler.close()
+
+
+def _decode_mix(path: Path, settings: Settings, directory: Path, cancel: CancelToken) -> tuple[DecodedAudio, ...]:
+    from whisper_worker.audio.decode import decode
+
+    return (decode(path, settings, directory=directory, cancel=cancel),)
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    try:
+        yield
+    except WhisperWorkerError:
+        raise
+    except Exception as error:
+        _log.exception("Unexpected failure")
+        raise InternalError("The worker failed on this job; try again, and report it if it fails again.") from error
 
 
 def _load(settings: Settings) -> _Engine:

@@ -121,6 +121,24 @@ class Pipeline:
         finally:
             job.close()
 
+    def detect_language(
+        self,
+        waveform: npt.NDArray[np.int16],
+        options: TranscribeOptions,
+        *,
+        cancel: CancelToken | None = None,
+        priority: Priority = Priority.BULK,
+    ) -> tuple[str | None, float | None]:
+        """The language that :meth:`transcribe` would settle on, with its probability, and nothing decoded.
+
+        None where no speech is heard. Raises as :meth:`transcribe` does.
+        """
+        job = self.scheduler.open(priority, cancel or CancelToken())
+        try:
+            return _Run(self, job, waveform, options, None, None).detect_language()
+        finally:
+            job.close()
+
 
 class _Run:
     """One job's state."""
@@ -216,6 +234,10 @@ class _Run:
         return tuple(SpeechSpan(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=True) if b > a)
 
     # -- language --------------------------------------------------------------------------
+
+    def detect_language(self) -> tuple[str | None, float | None]:
+        _, _, windows = self._cut()
+        return self._settle_language([_Pending(window, None) for window in windows]) if windows else (None, None)
 
     def _settle_language(self, pending: Sequence[_Pending]) -> tuple[str | None, float | None]:
         """Give each window its language; the file's language with its probability."""
