@@ -66,10 +66,24 @@ def _choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-def _setting(default: Any, parse: Callable[[str], Any], meaning: str, *variables: str, shown: str | None = None) -> Any:
-    """A field read from the first of ``variables`` that is set; the first one is its documented name."""
-    metadata = {"parse": parse, "meaning": meaning, "variables": variables, "shown": shown}
-    return field(default=default, metadata=metadata)
+def _words(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _setting(
+    default: Any,
+    parse: Callable[[str], Any],
+    meaning: str,
+    *variables: str,
+    shown: str | None = None,
+    secret: bool = False,
+) -> Any:
+    """A field read from the first of ``variables`` that is set; the first one is its documented name.
+
+    The value of a ``secret`` one is left out of ``repr``.
+    """
+    metadata = {"parse": parse, "meaning": meaning, "variables": variables, "shown": shown, "secret": secret}
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +132,7 @@ class Settings:
     concurrency: int = _setting(
         4,
         _integer(1, 1024),
-        "Jobs a RunPod worker takes at a time; their windows share batches.",
+        "Jobs that a RunPod worker, or `/jobs` of the HTTP service, runs at a time; their windows share batches.",
         "WHISPER_CONCURRENCY",
     )
     stream: bool = _setting(
@@ -186,6 +200,7 @@ class Settings:
         "HTTP service that the `whisper` command sends its files to; unset: it transcribes them itself.",
         "WHISPER_SERVICE_URL",
         shown="none",
+        secret=True,
     )
     service_key_file: Path | None = _setting(
         None,
@@ -201,6 +216,62 @@ class Settings:
         "WHISPER_RUNTIME_DIR",
         "XDG_RUNTIME_DIR",
         shown="the system's temporary directory",
+    )
+    api_keys: tuple[str, ...] = _setting(
+        (),
+        _words,
+        "Keys, separated by commas, one of which a request to the HTTP service must show as its bearer token.",
+        "WHISPER_API_KEYS",
+        shown="none: open to all who reach it",
+        secret=True,
+    )
+    cors_origins: tuple[str, ...] = _setting(
+        (),
+        _words,
+        "Origins, separated by commas, whose web pages may call the HTTP service; `*` allows all.",
+        "WHISPER_CORS_ORIGINS",
+        shown="none",
+    )
+    max_requests: int = _setting(
+        64,
+        _integer(1, 100_000),
+        "Requests with audio that the HTTP service holds at a time; further ones are told to come again.",
+        "WHISPER_MAX_REQUESTS",
+    )
+    request_threads: int = _setting(
+        16,
+        _integer(1, 1024),
+        "How many of those are transcribed side by side; their windows share batches.",
+        "WHISPER_REQUEST_THREADS",
+    )
+    jobs_dir: Path | None = _setting(
+        None,
+        _path,
+        "Where the HTTP service keeps the jobs of `/jobs`: on a volume, they outlive the machine. "
+        "One service at a time may use it.",
+        "WHISPER_JOBS_DIR",
+        shown="one for each port, in the system's temporary directory",
+    )
+    max_jobs: int = _setting(
+        1000, _integer(1, 1_000_000), "Jobs of `/jobs` that may wait; further ones are refused.", "WHISPER_MAX_JOBS"
+    )
+    job_ttl: float = _setting(
+        86400.0, _number(1, 1e9), "Seconds for which the result of such a job is kept.", "WHISPER_JOB_TTL"
+    )
+    callback_secret: str | None = _setting(
+        None,
+        _text,
+        "Signs the callbacks of `/jobs` (HMAC-SHA256); without it none are sent, and `callback_url` is refused.",
+        "WHISPER_CALLBACK_SECRET",
+        shown="none",
+        secret=True,
+    )
+    drain_timeout: float = _setting(
+        25.0,
+        _number(0, 86400),
+        "Seconds that the HTTP service, told to stop, gives to the work in hand. Jobs of `/jobs` that take "
+        "longer are run again by the next process.",
+        "WHISPER_DRAIN_TIMEOUT",
     )
     log_format: str = _setting("text", _choice("text", "json"), "Log lines as text or JSON.", "LOG_FORMAT")
     log_level: str = _setting(
@@ -235,7 +306,7 @@ class Settings:
             variable, value = spec.metadata["variables"][0], getattr(self, spec.name)
             environ.pop(variable, None)
             if value != spec.default:
-                environ[variable] = str(value)
+                environ[variable] = ",".join(value) if isinstance(value, tuple) else str(value)
         return environ
 
 

@@ -54,4 +54,11 @@ def test_a_child_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch
     """An option of the command line wins over the variable, where it goes back to the default too."""
     monkeypatch.setattr(os, "environ", {"WHISPER_DEVICE": "cuda", "WHISPER_MODEL": "large"})
     settings = replace(Settings(), model="tiny.en", strict=True, threads=2, model_cache=Path("/models"))
+    settings = replace(settings, api_keys=("one", "two"))
     assert Settings.from_env(settings.for_child()) == settings
+
+
+def test_secrets_do_not_show() -> None:
+    settings = Settings.from_env({"WHISPER_API_KEYS": "abc, def", "WHISPER_CALLBACK_SECRET": "ghi"})
+    assert settings.api_keys == ("abc", "def")
+    assert not any(secret in repr(settings) for secret in ("abc", "def", "ghi"))
