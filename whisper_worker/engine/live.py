@@ -1,0 +1,417 @@
+"""Speech that is still being spoken: what to decode next, and which words are settled.
+
+    samples ─▶ voice stream ─▶ spans ─▶ Request ─▶ (a recognizer, elsewhere) ─▶ Hypothesis
+                                                                                     │
+       completed segments, which never change ◀─ settled words ◀─ agreement of two ◀─┘
+
+A :class:`LiveSession` does no I/O, starts nothing and reads no clock of its own, so a whole
+conversation can be played to it in microseconds. One thread or task at a time may call it.
+
+The audio since the last pause (the window) is decoded again and again while it grows, each
+time forced to begin with the words already settled. A word is settled once two decodes in a
+row agree on it and the sound has gone on behind it (LocalAgreement-2: Liu et al. 2020,
+Macháček et al. 2023); a pause settles all. Settled words do not change. Segments are cut from
+settled words alone, so how text is shown does not touch how sound is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from whisper_worker.audio.vad import FRAME_SAMPLES
+from whisper_worker.engine.timestamps import clip_word
+from whisper_worker.types import SAMPLE_RATE, Segment, Word
+
+MAX_PENDING_SECONDS = 30.0
+"""Sound not yet transcribed that a session holds; whoever feeds it waits when that is reached."""
+
+PAUSE_SECONDS = 0.5
+"""Silence that ends a window."""
+STALL_SECONDS = 1.0
+"""Time without any new sound that ends a window, as a pause does."""
+
+_LEAST_SPEECH_SECONDS = 0.2
+_PAD_SECONDS = 0.3
+"""Real sound kept before and after the speech of a window, as far as the pause allows."""
+_LONG_SECONDS, _SHORT_PAUSE_SECONDS = 8.0, 0.25
+"""From this length on a window also ends in a pause this short: decoding costs grow with its length."""
+_CAP_SECONDS, _CAP_SEARCH_SECONDS = 18.0, 6.0
+"""Length at which a window ends without a pause, where speech is least sure within its last stretch."""
+
+_FIRST_SECONDS = 0.5
+"""Speech heard before a window is decoded for the first time."""
+_INTERVAL_SECONDS = (0.35, 2.0)
+"""Least and greatest stretch of new sound between two decodes of a window; in between, what a decode took."""
+_HOLD_SECONDS = 0.4
+"""Sound that must follow a word before it may settle: at the edge the model guesses."""
+_NEG_SHARE = 0.7
+_SPAN_END_FRAMES = 4
+"""A span of speech ends after this many frames (128 ms) under ``_NEG_SHARE`` of the threshold."""
+
+_HISTORY_TOKENS = 48
+"""Tokens of earlier text that stand before a window: enough for names and style, too few to be looped on."""
+
+_SENTENCE_END = (".", "?", "!", "。", "？", "！", "…")
+_CLAUSE_END = (",", ";", ":", "、", "，", "；")
+_CLAUSE_SECONDS, _GAP_SECONDS, _GAP_AFTER_SECONDS, _SEGMENT_SECONDS = 3.0, 0.3, 2.0, 6.0
+"""A segment may end after a sentence; after a clause or a gap between words once it is so long; and at this length."""
+
+
+class Detector(Protocol):
+    """:class:`whisper_worker.audio.vad.VoiceStream` as the session uses it."""
+
+    def feed(self, samples: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LiveWord:
+    """A word with times from the start of the session, and the text tokens it is made of."""
+
+    word: Word
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One window to decode."""
+
+    waveform: npt.NDArray[np.int16]
+    start: float
+    """Where the waveform begins, in seconds from the start of the session."""
+    final: bool
+    """The window is over: nothing will be added to it."""
+    doubtful: bool
+    """The detector was nowhere sure of speech."""
+    speech_seconds: float
+    history: tuple[int, ...]
+    """Text tokens before the window."""
+    prefix: tuple[int, ...]
+    """Text tokens that the window is known to begin with."""
+    asked: float
+    """When, by the session's clock."""
+
+    @property
+    def seconds(self) -> float:
+        return len(self.waveform) / SAMPLE_RATE
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """What a recognizer heard in a request's window behind its prefix."""
+
+    words: tuple[LiveWord, ...]
+    avg_logprob: float = 0.0
+    no_speech_prob: float = 0.0
+    compression_ratio: float = 0.0
+    temperature: float = 0.0
+    discarded: bool = False
+    """It failed the guards: nothing is settled by it, and what was shown stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSegment:
+    """The text after the last completed segment. ``words[:n_settled]`` will not change any more."""
+
+    words: tuple[Word, ...]
+    n_settled: int
+
+    @property
+    def start(self) -> float:
+        return self.words[0].start
+
+    @property
+    def end(self) -> float:
+        return self.words[-1].end
+
+    @property
+    def text(self) -> str:
+        return "".join(word.word for word in self.words)
+
+
+class LiveSession:
+    """One speaker's stream. Feed it, ask for a request, give back the hypothesis, take what is complete."""
+
+    def __init__(self, detector: Detector, clock: Callable[[], float], *, threshold: float = 0.5) -> None:
+        """``threshold``: probability from which a frame is speech; from 0.5 on the detector is sure."""
+        self._detector = detector
+        self._clock = clock
+        self._threshold = threshold
+        self._audio = np.empty(0, dtype=np.int16)
+        self._base = 0
+        """Sample that ``_audio`` and ``_probabilities`` begin with; a multiple of a frame."""
+        self._probabilities = np.empty(0, dtype=np.float32)
+        self._spans: list[list[int]] = []
+        """Speech behind the anchor, ``[start, end]`` in samples; the last one grows while ``_speaking``."""
+        self._speaking = False
+        self._quiet_frames = 0
+        self._anchor = 0
+        self._last_input = clock()
+        self._ended = False
+        self._requested = 0
+        """Sample up to which the window was decoded."""
+        self._turnaround = 0.0
+        self._settled: list[LiveWord] = []
+        """Of this window."""
+        self._n_complete = 0
+        """How many of them are in completed segments."""
+        self._tail: tuple[LiveWord, ...] = ()
+        self._history: tuple[int, ...] = ()
+        self._last: Hypothesis | None = None
+        self._n_segments = 0
+        self._floor = 0.0
+        self._completed: list[Segment] = []
+
+    # -- in --------------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        """Sound received so far."""
+        return self._stop / SAMPLE_RATE
+
+    @property
+    def room(self) -> int:
+        """Samples that may be fed now."""
+        return max(0, round(MAX_PENDING_SECONDS * SAMPLE_RATE) - (self._stop - self._anchor))
+
+    @property
+    def _stop(self) -> int:
+        return self._base + len(self._audio)
+
+    def feed(self, samples: npt.NDArray[np.int16]) -> None:
+        """Add int16 mono samples at 16 kHz."""
+        if not len(samples):
+            return
+        self._last_input = self._clock()
+        self._audio = np.concatenate([self._audio, samples])
+        found = self._detector.feed(samples)
+        first = self._base // FRAME_SAMPLES + len(self._probabilities)
+        self._probabilities = np.concatenate([self._probabilities, found])
+        for place, probability in enumerate(found.tolist()):
+            self._hear((first + place) * FRAME_SAMPLES, probability)
+        if not self._spans:
+            # Silence is let go of, but for what may turn out to be the onset of a word.
+            self._move_anchor(self._stop - round(_PAD_SECONDS * SAMPLE_RATE))
+
+    def finish(self) -> None:
+        """No more sound will come."""
+        self._ended = True
+
+    def _hear(self, at: int, probability: float) -> None:
+        end = at + FRAME_SAMPLES
+        if probability >= self._threshold:
+            if not self._speaking:
+                self._spans.append([max(at, self._anchor), end])
+            self._speaking, self._quiet_frames = True, 0
+            self._spans[-1][1] = end
+        elif self._speaking and probability < _NEG_SHARE * self._threshold:
+            self._quiet_frames += 1
+            self._speaking = self._quiet_frames < _SPAN_END_FRAMES
+        elif self._speaking:
+            self._quiet_frames = 0
+            self._spans[-1][1] = end
+
+    # -- what to decode --------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """Whether all sound was dealt with after :meth:`finish`."""
+        return self._ended and not self._spans
+
+    def request(self) -> Request | None:
+        """The next window to decode, if there is one now. Give its hypothesis to :meth:`apply` before asking again."""
+        cut = self._cut()
+        if cut is not None:
+            if self._speech(cut) >= _LEAST_SPEECH_SECONDS * SAMPLE_RATE:
+                return self._window(cut, final=True)
+            if self._settled or self._tail:
+                return self._window(cut, final=True)
+            self._close(cut, None)
+            return self.request()
+        if not self._spans:
+            return None
+        heard = self._spans[-1][1]
+        new = heard - max(self._requested, self._spans[0][0])
+        least, most = _INTERVAL_SECONDS
+        interval = min(max(least, self._turnaround), most) if self._requested > self._anchor else _FIRST_SECONDS
+        if new < interval * SAMPLE_RATE:
+            return None
+        return self._window(self._stop, final=False)
+
+    def wake_at(self) -> float | None:
+        """When, by the clock, to ask for a request again though no sound has come; None: not before there is some."""
+        return self._last_input + STALL_SECONDS if self._spans and not self._ended else None
+
+    def _window(self, stop: int, *, final: bool) -> Request:
+        self._requested = stop
+        first, last = self._anchor // FRAME_SAMPLES, -(-stop // FRAME_SAMPLES)
+        offset = self._base // FRAME_SAMPLES
+        sound = self._probabilities[max(0, first - offset) : last - offset]
+        return Request(
+            waveform=self._audio[self._anchor - self._base : stop - self._base].copy(),
+            start=self._anchor / SAMPLE_RATE,
+            final=final,
+            doubtful=not len(sound) or float(sound.max()) < 0.5,
+            speech_seconds=self._speech(stop) / SAMPLE_RATE,
+            history=self._history,
+            prefix=tuple(token for word in self._settled for token in word.tokens),
+            asked=self._clock(),
+        )
+
+    def _speech(self, stop: int) -> int:
+        return sum(max(0, min(end, stop) - start) for start, end in self._spans)
+
+    def _cut(self) -> int | None:
+        """Where the window ends, if that is known."""
+        pad = round(_PAD_SECONDS * SAMPLE_RATE)
+        for place, (_, end) in enumerate(self._spans):
+            is_last = place == len(self._spans) - 1
+            if is_last and self._speaking:
+                break
+            until = self._stop if is_last else self._spans[place + 1][0]
+            long = end - self._anchor >= _LONG_SECONDS * SAMPLE_RATE
+            if until - end >= (_SHORT_PAUSE_SECONDS if long else PAUSE_SECONDS) * SAMPLE_RATE:
+                return min(end + pad, (end + until) // 2 if not is_last else until)
+        if self._spans and self._stop - self._anchor >= _CAP_SECONDS * SAMPLE_RATE:
+            cap = self._anchor + round(_CAP_SECONDS * SAMPLE_RATE)
+            low = (cap - round(_CAP_SEARCH_SECONDS * SAMPLE_RATE) - self._base) // FRAME_SAMPLES
+            high = (cap - self._base) // FRAME_SAMPLES
+            quietest = low + int(self._probabilities[low:high].argmin())
+            return self._base + quietest * FRAME_SAMPLES + FRAME_SAMPLES // 2
+        stalled = self.room > 0 and self._clock() - self._last_input >= STALL_SECONDS
+        if self._spans and (self._ended or stalled):
+            return self._stop
+        return None
+
+    # -- what was heard --------------------------------------------------------------------
+
+    def apply(self, request: Request, hypothesis: Hypothesis) -> None:
+        """Take a recognizer's answer to the last request."""
+        self._turnaround = self._clock() - request.asked
+        words = self._placed(hypothesis.words)
+        if not hypothesis.discarded:
+            self._last = hypothesis
+        if request.final:
+            # A discarded reading of a finished window leaves nothing better than what two others agreed on.
+            self._settled.extend(words if not hypothesis.discarded else ())
+            self._close(round(request.start * SAMPLE_RATE) + len(request.waveform), hypothesis)
+            return
+        if hypothesis.discarded:
+            return
+        end = request.start + request.seconds - _HOLD_SECONDS
+        agreed = 0
+        for before, now in zip(self._tail, words[:-1], strict=False):
+            if folded(before.word.word) != folded(now.word.word) or now.word.end > end:
+                break
+            agreed += 1
+        self._settled.extend(words[:agreed])
+        self._tail = tuple(words[agreed:])
+        self._complete(closing=False)
+
+    def _placed(self, words: Sequence[LiveWord]) -> list[LiveWord]:
+        """Words inside the speech that was heard, none before the end of the one before it."""
+        spans = [(start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in self._spans]
+        floor = max(self._settled[-1].word.end if self._settled else 0.0, self._floor)
+        placed: list[LiveWord] = []
+        for one in words:
+            start, end = clip_word(one.word.start, one.word.end, spans)
+            start = min(max(start, floor), self.seconds)
+            end = min(max(end, start), self.seconds)
+            floor = end
+            placed.append(replace(one, word=replace(one.word, start=start, end=end)))
+        return placed
+
+    def _close(self, stop: int, hypothesis: Hypothesis | None) -> None:
+        """The window is over: everything in it is settled, and the next one begins at ``stop``."""
+        self._tail = ()
+        self._complete(closing=True)
+        said = tuple(token for word in self._settled for token in word.tokens)
+        self._history = (*self._history, *said)[-_HISTORY_TOKENS:]
+        self._settled, self._n_complete = [], 0
+        self._spans = [[max(start, stop), end] for start, end in self._spans if end > stop]
+        self._speaking = self._speaking and bool(self._spans)
+        self._anchor = self._requested = stop
+        self._move_anchor(stop if self._spans else self._stop - round(_PAD_SECONDS * SAMPLE_RATE))
+
+    def _move_anchor(self, at: int) -> None:
+        self._anchor = max(self._anchor, at)
+        self._requested = max(self._requested, self._anchor)
+        n_frames = (self._anchor - self._base) // FRAME_SAMPLES
+        n_frames = min(n_frames, len(self._probabilities))
+        self._audio = self._audio[n_frames * FRAME_SAMPLES :].copy()
+        self._probabilities = self._probabilities[n_frames:].copy()
+        self._base += n_frames * FRAME_SAMPLES
+
+    # -- out -------------------------------------------------------------------------------
+
+    def take_completed(self) -> tuple[Segment, ...]:
+        """Segments completed since the last call. They never change."""
+        taken, self._completed = tuple(self._completed), []
+        return taken
+
+    @property
+    def open_segment(self) -> OpenSegment | None:
+        """What is being said, settled words first; None where nothing is."""
+        settled = self._settled[self._n_complete :]
+        words = tuple(one.word for one in (*settled, *self._tail))
+        return OpenSegment(words, len(settled)) if words else None
+
+    def _complete(self, *, closing: bool) -> None:
+        """Cut settled words into segments; the last word waits for what follows it unless the window closes."""
+        while self._n_complete < len(self._settled):
+            words = [one.word for one in self._settled[self._n_complete :]]
+            n = _segment_length(words)
+            if n == 0 and not closing:
+                return
+            n = n or len(words)
+            self._emit(words[:n])
+            self._n_complete += n
+
+    def _emit(self, words: Sequence[Word]) -> None:
+        floor = self._floor
+        rounded: list[Word] = []
+        for word in words:
+            start = max(round(word.start, 3), floor)
+            floor = max(round(word.end, 3), start)
+            rounded.append(replace(word, start=start, end=floor))
+        self._floor = floor
+        last = self._last or Hypothesis(())
+        self._completed.append(
+            Segment(
+                id=self._n_segments,
+                start=rounded[0].start,
+                end=rounded[-1].end,
+                text="".join(word.word for word in rounded),
+                avg_logprob=last.avg_logprob,
+                no_speech_prob=last.no_speech_prob,
+                compression_ratio=last.compression_ratio,
+                temperature=last.temperature,
+                words=tuple(rounded),
+            )
+        )
+        self._n_segments += 1
+
+
+def _segment_length(words: Sequence[Word]) -> int:
+    """Words of the first segment of these, which are settled; 0 where it may still grow."""
+    for n in range(1, len(words)):
+        text = words[n - 1].word.rstrip()
+        seconds = words[n - 1].end - words[0].start
+        gap = words[n].start - words[n - 1].end
+        if (
+            text.endswith(_SENTENCE_END)
+            or (seconds >= _CLAUSE_SECONDS and text.endswith(_CLAUSE_END))
+            or (seconds >= _GAP_AFTER_SECONDS and gap >= _GAP_SECONDS)
+            or words[n].end - words[0].start >= _SEGMENT_SECONDS
+        ):
+            return n
+    return 0
+
+
+def folded(text: str) -> str:
+    """A word without case and punctuation, as two hypotheses are compared."""
+    return "".join(character for character in text.lower() if character.isalnum())
