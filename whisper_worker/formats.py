@@ -3,7 +3,8 @@
 Where a text holds nothing special the result equals theirs byte for byte. It differs only
 where theirs would not parse: line ends and control characters inside a text become one
 blank, ``&``, ``<`` and ``>`` are escaped in WebVTT, ``-->`` is broken up in SubRip, cues
-without text are left out, and a cue that lasts no time lasts a millisecond.
+without text are left out, and a cue that lasts no time lasts a millisecond. Breaks at natural
+places and a reading speed are ours, and off unless asked for.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from whisper_worker.errors import InvalidInput
 from whisper_worker.types import FORMATS, Segment, Transcript, Word
@@ -19,6 +20,19 @@ from whisper_worker.types import FORMATS, Segment, Transcript, Word
 _UNPRINTABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f\x85\u2028\u2029]+")
 _LONG_PAUSE = 3.0
 """Seconds between the starts of two words that end a cue when lines are filled across segments."""
+
+NATURAL_LINE_WIDTH = 42
+NATURAL_LINE_COUNT = 2
+"""What broadcasters' style guides agree on; they hold for natural breaks where nothing else is asked for."""
+_LONGEST_CUE = 7.0
+"""Seconds; with natural breaks only."""
+_PAUSE = 0.5
+"""Seconds of silence behind a word that make a good place to break."""
+_SENTENCE_END = frozenset(".?!…。！？")
+_CLAUSE_END = frozenset(",;:–—、，；：")
+_CLOSING = "\"'”’»)]}」』"
+_LINKS = frozenset("and but or nor so because that which who when where while if although".split())
+"""Words that a line may well begin with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +43,19 @@ class SubtitleLayout:
     (characters) and ``max_line_count`` lines are filled across segments; otherwise each
     segment starts a new cue, and ``max_words_per_line`` splits it further.
     ``highlight_words`` writes a cue for every word, with that word underlined.
+
+    ``natural_breaks`` ends cues and lines with sentences, clauses and pauses, across segments,
+    and wins over ``max_words_per_line``. ``max_chars_per_second`` lets a cue stand until it can
+    be read at that speed, but never into the next one; it needs no word times, and does nothing
+    beside ``highlight_words``.
     """
 
     max_line_width: int | None = None
     max_line_count: int | None = None
     max_words_per_line: int | None = None
     highlight_words: bool = False
+    natural_breaks: bool = False
+    max_chars_per_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +79,9 @@ def write(transcript: Transcript, fmt: str, layout: SubtitleLayout | None = None
     if fmt == "txt":
         return "".join(f"{_one_line(segment.text)}\n" for segment in transcript.segments)
     if fmt == "vtt":
-        return _vtt(_cues(transcript.segments, layout))
+        return _vtt(_cues(transcript, layout))
     if fmt == "srt":
-        return _srt(_cues(transcript.segments, layout))
+        return _srt(_cues(transcript, layout))
     if fmt == "tsv":
         return _tsv(transcript.segments)
     if fmt == "json":
@@ -123,17 +144,27 @@ def _json(transcript: Transcript) -> str:
     return json.dumps({"text": transcript.text, "segments": segments, "language": transcript.language})
 
 
-def _cues(segments: tuple[Segment, ...], layout: SubtitleLayout) -> Iterator[_Cue]:
+def _cues(transcript: Transcript, layout: SubtitleLayout) -> Iterable[_Cue]:
+    segments = transcript.segments
     if not any(segment.words for segment in segments):
-        for segment in segments:
-            if text := _one_line(segment.text):
-                yield _cue(segment.start, segment.end, (text,))
-        return
-    for words, pieces in _word_cues(segments, layout):
+        spoken = [(segment, text) for segment in segments if (text := _one_line(segment.text))]
+        cues = [_cue(segment.start, segment.end, (text,)) for segment, text in spoken]
+    else:
+        grouped = (_natural_cues if layout.natural_breaks else _word_cues)(segments, layout)
         if layout.highlight_words:
-            yield from _highlighted(words, pieces)
-        else:
-            yield _cue(words[0].start, words[-1].end, pieces)
+            return (cue for words, pieces in grouped for cue in _highlighted(words, pieces))
+        cues = [_cue(words[0].start, words[-1].end, pieces) for words, pieces in grouped]
+    if layout.max_chars_per_second:
+        return _readable(cues, layout.max_chars_per_second, _milliseconds(transcript.duration))
+    return cues
+
+
+def _readable(cues: list[_Cue], speed: float, limit: int) -> Iterator[_Cue]:
+    """The cues, each standing for as long as reading it takes at ``speed`` characters a second, if there is room."""
+    for cue, following in zip(cues, [*cues[1:], None], strict=True):
+        wanted = cue.start + round(1000 * len("".join(cue.pieces)) / speed)
+        room = limit if following is None else following.start
+        yield replace(cue, end=max(cue.end, min(wanted, room)))
 
 
 def _word_cues(
@@ -178,6 +209,94 @@ def _words(segments: tuple[Segment, ...], per_line: int) -> Iterator[tuple[Word,
         spoken = [word for word in segment.words or (whole,) if _one_line(word.word)]
         for index, word in enumerate(spoken):
             yield word, index % per_line == 0
+
+
+def _natural_cues(
+    segments: tuple[Segment, ...], layout: SubtitleLayout
+) -> Iterator[tuple[tuple[Word, ...], tuple[str, ...]]]:
+    """As :func:`_word_cues`, with cues and lines that end where the text does.
+
+    The cues are those whose costs add up to the least (dynamic programming over the words).
+    """
+    width = layout.max_line_width or NATURAL_LINE_WIDTH
+    count = layout.max_line_count or NATURAL_LINE_COUNT
+    words = [word for word, _ in _words(segments, len(segments) + 1)]
+    texts = [_UNPRINTABLE.sub(" ", word.word) for word in words]
+    costs = _break_costs(words)
+    best = [0.0, *[float("inf")] * len(words)]
+    begins = [0] * (len(words) + 1)
+    for first in range(len(words)):
+        lines, room = 1, width
+        for last in range(first, len(words)):
+            text = texts[last] if last > first else texts[last].lstrip()
+            if len(text) > room and last > first:
+                lines, room, text = lines + 1, width, text.strip()
+            room -= len(text)
+            seconds = words[last].end - words[first].start
+            silent = last > first and words[last].start - words[last - 1].end > _LONG_PAUSE
+            if last > first and (lines > count or seconds > _LONGEST_CUE or silent):
+                break
+            # Each cue costs something, and one that flashes by costs more.
+            cost = best[first] + 1.0 + costs[last] + max(0.0, 1.0 - seconds)
+            if cost < best[last + 1]:
+                best[last + 1], begins[last + 1] = cost, first
+    ends = [len(words)]
+    while ends[-1]:
+        ends.append(begins[ends[-1]])
+    for end, begin in zip(ends[-2::-1], ends[:0:-1], strict=True):
+        yield tuple(words[begin:end]), _balanced(texts[begin:end], costs[begin:end], width, count)
+
+
+def _break_costs(words: list[Word]) -> list[float]:
+    """What it costs to break behind each word: nothing at the end of a sentence, most inside a phrase."""
+    costs = []
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        text = word.word.strip().rstrip(_CLOSING)
+        if following is None or (text[-1:] in _SENTENCE_END and len(text) > 2):
+            costs.append(0.0)
+        elif text[-1:] in _CLAUSE_END or following.start - word.end >= _PAUSE:
+            costs.append(1.0)
+        else:
+            costs.append(2.5 if following.word.strip().lower() in _LINKS else 4.0)
+    return costs
+
+
+def _balanced(texts: list[str], costs: list[float], width: int, count: int) -> tuple[str, ...]:
+    """The words of one cue in at most ``count`` lines of ``width``: as few as do, alike in length, well broken."""
+    total = len("".join(texts).strip())
+    for n_lines in range(1, count + 1):
+        breaks = _line_breaks(texts, costs, width, n_lines, total / n_lines)
+        if breaks is not None:
+            break
+    else:
+        breaks = ()
+    return tuple(
+        ("\n" if index in breaks else "") + (text.strip() if index in breaks or not index else text)
+        for index, text in enumerate(texts)
+    )
+
+
+def _line_breaks(
+    texts: list[str], costs: list[float], width: int, n_lines: int, target: float
+) -> tuple[int, ...] | None:
+    """Indices of the words that begin the second line and those after it; None where ``n_lines`` do not hold all."""
+    best: list[tuple[float, tuple[int, ...]] | None] = [(0.0, ()), *[None] * len(texts)]
+    for line in range(n_lines):
+        reached: list[tuple[float, tuple[int, ...]] | None] = [None] * (len(texts) + 1)
+        for begin, before in enumerate(best):
+            if before is None:
+                continue
+            for end in range(begin + 1, len(texts) + 1):
+                length = len("".join(texts[begin:end]).strip())
+                if length > width and end > begin + 1:
+                    break
+                cost = before[0] + ((length - target) / width) ** 2 * 8 + (costs[end - 1] if end < len(texts) else 0.0)
+                breaks = (*before[1], begin) if line else ()
+                known = reached[end]
+                if known is None or (cost, breaks) < known:
+                    reached[end] = (cost, breaks)
+        best = reached
+    return None if best[-1] is None else best[-1][1]
 
 
 def _highlighted(words: tuple[Word, ...], pieces: tuple[str, ...]) -> Iterator[_Cue]:

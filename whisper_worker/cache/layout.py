@@ -41,6 +41,10 @@ _REPOSITORY_ROOT = Path(__file__).parents[2]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+class ModelNotHere(ModelError):
+    """The model is not on this machine: fetching it would help."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
     """A model found on disk, ready to be loaded from where it lies.
@@ -129,7 +133,7 @@ def find_model(settings: Settings) -> ModelFiles:
 
     Looked at in this order: a directory named by ``settings.model``; the cache directory and
     the models beside it; the platform's volume; the user's own hub cache (by name only).
-    Raises :class:`ModelError` that says how to get it.
+    Raises :class:`ModelNotHere` that says how to get it, :class:`ModelError` where what is there is no use.
     """
     wanted = settings.model
     roots = _cache_directories(settings)
@@ -154,7 +158,9 @@ def find_model(settings: Settings) -> ModelFiles:
             return _open_snapshot(snapshot)
     there = f" (the cache holds {', '.join(cached)})" if cached else ""
     called = known_short(wanted) or name.repository
-    raise ModelError(f"The model {called} is not on this machine{there}. Run: python save_pipeline.py --model {called}")
+    raise ModelNotHere(
+        f"The model {called} is not on this machine{there}. Run: python save_pipeline.py --model {called}"
+    )
 
 
 def verify(files: ModelFiles) -> int:
@@ -224,7 +230,7 @@ def _only_model(roots: tuple[Path, ...]) -> ModelFiles:
         for snapshot in _snapshots(PLATFORM_HUB, name):
             if _has_weights(snapshot):
                 return _open_snapshot(snapshot)
-    raise ModelError(
+    raise ModelNotHere(
         "No model is on this machine. Run: python save_pipeline.py (the default model), "
         "or python save_pipeline.py --model tiny.en (the smallest)."
     )

@@ -1,0 +1,164 @@
+"""A model that stays loaded between calls: a local service on a Unix socket, started on demand.
+
+There is one for each model, device, precision and version, in a directory that only this
+user may enter. Whoever finds none starts it, under a lock, so that two who start at once get
+one. It ends by itself after it was idle for long enough. Where it cannot be had, the work is
+done in the calling process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from whisper_worker import __version__
+from whisper_worker.doors.cli_client import Address, ServiceClient, Unreachable
+from whisper_worker.doors.cli_inputs import Input
+from whisper_worker.errors import Busy, WhisperWorkerError
+from whisper_worker.settings import Settings
+from whisper_worker.types import Progress, Segment, Transcript
+
+if TYPE_CHECKING:
+    from whisper_worker.doors.cli_run import Engine
+
+_START_SECONDS = 300.0
+"""Time for the service to load its model: large ones come from slow disks."""
+_LONGEST_SOCKET_PATH = 100
+"""Bytes; the system's limit is a little above."""
+_SEPARATES = ("model", "model_cache", "engine", "device", "compute_type", "threads", "batch_size")
+_JOB_SECONDS = 24 * 3600.0
+
+SERVE = (sys.executable, "-m", "whisper_worker", "serve")
+
+
+class WarmEngine:
+    """The local service; see :class:`whisper_worker.doors.cli_run.Engine`."""
+
+    def __init__(
+        self,
+        payload: Mapping[str, object],
+        settings: Settings,
+        idle_seconds: float,
+        fallback: Engine,
+        say: Callable[[str], None],
+        serve: tuple[str, ...] = SERVE,
+    ) -> None:
+        """``serve``: the command that takes ``--uds PATH --idle-timeout SECONDS``."""
+        self._payload = payload
+        self._settings = settings
+        self._idle_seconds = idle_seconds
+        self._fallback = fallback
+        self._say = say
+        self._serve = serve
+        self._gave_up = False
+
+    def transcribe(
+        self,
+        item: Input,
+        on_segment: Callable[[Segment], None],
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Transcript:
+        """One recording. Raises typed errors only."""
+        for _ in range(2):  # a service found at the end of its idle time is gone at the second look
+            client = self._client()
+            if client is None:
+                break
+            with contextlib.suppress(Unreachable):
+                return client.transcribe(item, on_segment, on_progress)
+        return self._fallback.transcribe(item, on_segment, on_progress)
+
+    def prepare(self) -> None:
+        """Start the service. Raises typed errors."""
+        if self._client() is None:
+            self._fallback.prepare()
+
+    def _client(self) -> ServiceClient | None:
+        """The running service, None where there is none to be had."""
+        if self._gave_up:
+            return None
+        try:
+            directory = runtime_directory(self._settings)
+            socket = directory / f"{service_key(self._settings)}.sock"
+            client = ServiceClient(
+                Address("localhost", socket=socket), self._payload, timeout=_JOB_SECONDS, say=self._say
+            )
+            if not client.is_ready():
+                with _lock(socket.with_suffix(".lock")):
+                    if not client.is_ready():
+                        self._start(socket, client)
+            return client
+        except (OSError, WhisperWorkerError) as error:
+            self._gave_up = True
+            reason = error.message if isinstance(error, WhisperWorkerError) else error.strerror
+            self._say(f"warning: --keep-warm does not work here ({reason}); the model is loaded for this call alone")
+            return None
+
+    def _start(self, socket: Path, client: ServiceClient) -> None:
+        descriptor = os.open(socket.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            process = subprocess.Popen(
+                [*self._serve, "--uds", str(socket), "--idle-timeout", f"{self._idle_seconds:g}"],
+                stdin=subprocess.DEVNULL,
+                stdout=descriptor,
+                stderr=descriptor,
+                env=self._settings.for_child(),
+                start_new_session=True,  # it outlives the terminal and its Ctrl-C
+                close_fds=True,
+            )
+        finally:
+            os.close(descriptor)
+        deadline = time.monotonic() + _START_SECONDS
+        while not client.is_ready():
+            if process.poll() is not None:
+                raise Busy("the local service ended while it started; its log lies beside its socket")
+            if time.monotonic() > deadline:
+                process.terminate()
+                raise Busy("the local service was not ready in time; its log lies beside its socket")
+            time.sleep(0.05)
+
+
+def runtime_directory(settings: Settings) -> Path:
+    """A directory for sockets that only this user may enter. Raises :class:`Busy` where it cannot be trusted."""
+    places = [settings.runtime_dir / "whisper-worker"] if settings.runtime_dir is not None else []
+    places.append(Path(tempfile.gettempdir()) / f"whisper-worker-{os.getuid()}")
+    for directory in places:
+        if len(os.fsencode(directory)) > _LONGEST_SOCKET_PATH - 24:
+            continue
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.lstat()
+        # In a shared place somebody else may have made it first, to listen in.
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+            raise Busy("the directory for its socket does not belong to this user alone")
+        return directory
+    raise Busy("the path of the directory for its socket is too long")
+
+
+def service_key(settings: Settings) -> str:
+    """Names the service that these settings call for: 16 hexadecimal digits."""
+    asked = {name: str(getattr(settings, name)) for name in _SEPARATES}
+    for name in ("model", "model_cache"):
+        if Path(asked[name]).is_dir():  # the same word means another model elsewhere
+            asked[name] = str(Path(asked[name]).absolute())
+    text = json.dumps({"version": __version__, "python": sys.executable, **asked})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
