@@ -161,7 +161,7 @@ def _cues(transcript: Transcript, layout: SubtitleLayout) -> Iterable[_Cue]:
 
 def _readable(cues: list[_Cue], speed: float, limit: int) -> Iterator[_Cue]:
     """The cues, each standing for as long as reading it takes at ``speed`` characters a second, if there is room."""
-    for cue, following in zip(cues, [*cues[1:], None], strict=True):
+    for cue, following in zip(cues, [*cues, None][1:], strict=True):
         wanted = cue.start + round(1000 * len("".join(cue.pieces)) / speed)
         room = limit if following is None else following.start
         yield replace(cue, end=max(cue.end, min(wanted, room)))
@@ -250,9 +250,10 @@ def _natural_cues(
 def _break_costs(words: list[Word]) -> list[float]:
     """What it costs to break behind each word: nothing at the end of a sentence, most inside a phrase."""
     costs = []
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip(words, [*words, None][1:], strict=True):
         text = word.word.strip().rstrip(_CLOSING)
-        if following is None or (text[-1:] in _SENTENCE_END and len(text) > 2):
+        initial = len(text) == 2 and text[0].isalpha() and text[1] == "."
+        if following is None or (text[-1:] in _SENTENCE_END and not initial):
             costs.append(0.0)
         elif text[-1:] in _CLAUSE_END or following.start - word.end >= _PAUSE:
             costs.append(1.0)

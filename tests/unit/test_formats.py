@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import srt
+import webvtt
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -172,6 +176,8 @@ hostile_text = st.text(alphabet=st.sampled_from(list("ab ->&<\n\r\t\x00\x0b\x1c\
         max_line_count=st.sampled_from([None, 1, 2]),
         max_words_per_line=st.sampled_from([None, 1, 2]),
         highlight_words=st.booleans(),
+        natural_breaks=st.booleans(),
+        max_chars_per_second=st.sampled_from([None, 2.0, 20.0]),
     ),
 )
 def test_no_text_breaks_a_strict_parser(texts: list[str], with_words: bool, layout: SubtitleLayout) -> None:
@@ -183,7 +189,11 @@ def test_no_text_breaks_a_strict_parser(texts: list[str], with_words: bool, layo
     whole = transcript(*segments)
     cues = parse_srt(write(whole, "srt", layout))
     assert all(start < end for start, end, _ in cues)
-    assert len(parse_vtt(write(whole, "vtt", layout))) == len(cues)
+    vtt = write(whole, "vtt", layout)
+    assert len(parse_vtt(vtt)) == len(cues)
+    others = [(cue.start, cue.end, cue.content) for cue in srt.parse(write(whole, "srt", layout))]
+    assert others == [(timedelta(milliseconds=start), timedelta(milliseconds=end), text) for start, end, text in cues]
+    assert len(webvtt.from_string(vtt)) == len(cues)
     assert len(write(whole, "txt").split("\n")) == len(texts) + 1
     rows = write(whole, "tsv").split("\n")
     assert len(rows) == len(texts) + 2
@@ -206,3 +216,84 @@ def test_json_keeps_the_keys_of_openai_whisper_and_nothing_else() -> None:
         "compression_ratio",
         "no_speech_prob",
     }
+
+
+def spoken(text: str, pace: float = 0.3, start: float = 0.0, pauses: dict[str, float] | None = None) -> Segment:
+    """A segment whose words follow each other every ``pace`` seconds; ``pauses``: silence behind a word."""
+    words = []
+    at = start
+    for word in text.split():
+        words.append(Word(f" {word}", round(at, 3), round(at + pace, 3), 1.0))
+        at += pace + (pauses or {}).get(word, 0.0)
+    return segment(f" {text}", start, words[-1].end, tuple(words))
+
+
+def natural(*segments: Segment, **options: Any) -> list[str]:
+    whole = replace(transcript(*segments), duration=1000.0)
+    return [text for _, _, text in parse_srt(write(whole, "srt", SubtitleLayout(natural_breaks=True, **options)))]
+
+
+def test_natural_cues_end_with_sentences_across_segments() -> None:
+    first = spoken("So that was the plan. And then it was time")
+    second = spoken("to go home, where the others had waited all day.", start=3.0)
+    assert natural(first, second) == [
+        "So that was the plan.",
+        "And then it was time to go home,\nwhere the others had waited all day.",
+    ]
+
+
+def test_natural_lines_break_at_clauses_and_are_alike_in_length() -> None:
+    assert natural(spoken("Ask not what your country can do for you, but what you can do for it.")) == [
+        "Ask not what your country can do for you,\nbut what you can do for it."
+    ]
+    assert natural(spoken("one two three four five six seven eight nine ten eleven")) == [
+        "one two three four five six\nseven eight nine ten eleven"
+    ]
+
+
+def test_natural_cues_keep_to_the_width_the_lines_and_the_seconds() -> None:
+    text = " ".join(f"word{n % 7}" for n in range(100))
+    for width, count in ((42, 2), (20, 3), (12, 1)):
+        cues = natural(spoken(text), max_line_width=width, max_line_count=count)
+        assert all(len(line) <= width for cue in cues for line in cue.split("\n"))
+        assert all(len(cue.split("\n")) <= count for cue in cues)
+        assert " ".join(" ".join(cues).split()) == text
+    slow = natural(spoken(text, pace=2.0))
+    assert max(len(cue.split()) for cue in slow) == 3
+    paused = natural(spoken("before it after it", pauses={"it": 4.0}))
+    assert paused == ["before it", "after it"]
+
+
+def test_a_word_longer_than_the_line_stands_alone() -> None:
+    assert natural(spoken("a Donaudampfschifffahrt b"), max_line_width=8, max_line_count=1) == [
+        "a",
+        "Donaudampfschifffahrt",
+        "b",
+    ]
+
+
+def test_natural_breaks_of_a_language_without_blanks() -> None:
+    words = tuple(
+        Word(sign, index / 5, index / 5 + 0.2, 1.0) for index, sign in enumerate("今日は晴れです。明日は雨です。")
+    )
+    whole = segment("今日は晴れです。明日は雨です。", 0.0, 3.0, words)
+    assert natural(whole, max_line_width=9, max_line_count=1) == ["今日は晴れです。", "明日は雨です。"]
+
+
+def test_a_reading_speed_lets_a_cue_stand_until_the_next_one() -> None:
+    quick, late = segment(" twenty characters...", 0.0, 0.5), segment(" far away", 10.0, 10.1)
+    whole = replace(transcript(quick, late), duration=10.3)
+
+    def times(**options: Any) -> list[tuple[int, int]]:
+        return [(start, end) for start, end, _ in parse_srt(write(whole, "srt", SubtitleLayout(**options)))]
+
+    assert times() == [(0, 500), (10_000, 10_100)]
+    assert times(max_chars_per_second=10.0) == [(0, 2000), (10_000, 10_300)], "the last one ends with the recording"
+    assert times(max_chars_per_second=1.0) == [(0, 10_000), (10_000, 10_300)], "never into the next one"
+    assert times(max_chars_per_second=100.0) == [(0, 500), (10_000, 10_100)], "never shorter"
+
+
+def test_an_initial_ends_no_sentence() -> None:
+    """Two names of the same length around the only good place to break."""
+    cues = natural(spoken("It was written by J. Smith. He lives here."), max_line_width=30, max_line_count=1)
+    assert cues == ["It was written by J. Smith.", "He lives here."]
