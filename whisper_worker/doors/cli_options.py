@@ -79,6 +79,7 @@ class Command:
     retries: int
     key_file: Path | None
     client_cert: Path | None
+    carry_initial_prompt: bool | None
     given: frozenset[str]
 
     def without_effect(self, *, remote: bool) -> tuple[str, ...]:
@@ -86,12 +87,14 @@ class Command:
         where = "where a service transcribes" if remote else "without a service"
         idle = [name for name in (_HERE_ONLY if remote else _THERE_ONLY) if name in self.given]
         lines = [f"--{name} has no effect {where} and was ignored." for name in idle]
-        if "carry_initial_prompt" in self.given and "initial_prompt" in self.given:
+        if self.carry_initial_prompt is False and "initial_prompt" in self.given:
             lines.append("--carry_initial_prompt is always True here: the prompt stands before every window.")
         if "max_line_count" in self.given and "max_line_width" not in self.given and not self.layout.natural_breaks:
             lines.append("--max_line_count has no effect without --max_line_width.")
         if "max_words_per_line" in self.given and ("max_line_width" in self.given or self.layout.natural_breaks):
             lines.append("--max_words_per_line has no effect with --max_line_width or --natural_breaks.")
+        if self.layout.max_chars_per_second and self.layout.highlight_words:
+            lines.append("--max_chars_per_second has no effect with --highlight_words.")
         return tuple(lines)
 
 
@@ -143,6 +146,7 @@ def parse(argv: Sequence[str] | None, prog: str) -> Command:
         retries=values.get("retries", 4),
         key_file=values.get("key_file"),
         client_cert=values.get("client_cert"),
+        carry_initial_prompt=values.get("carry_initial_prompt"),
         given=frozenset(values),
     )
 
