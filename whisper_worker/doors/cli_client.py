@@ -150,7 +150,7 @@ class ServiceClient:
                 if answer.status == 200:
                     return answer
                 error = _error_of(answer)
-                if answer.status not in _BUSY_STATUS and not error.retryable:
+                if not error.retryable:
                     raise error
                 asked = _seconds_of(answer.retry_after)
             except Unreachable as unreachable:
