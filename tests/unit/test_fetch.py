@@ -633,7 +633,7 @@ def secure(
     context.load_cert_chain(certificate)
     context.sni_callback = lambda connection, name, own: asked.append(name)
     trusting = ssl.create_default_context(cafile=str(certificate))
-    monkeypatch.setattr(fetch_module, "_tls_context", lambda: trusting)
+    monkeypatch.setattr(fetch_module, "tls_context", lambda: trusting)
     yield serve(lambda request: request.reply(200, BODY), context=context), asked
 
 

@@ -259,7 +259,7 @@ def _checked_headers(headers: tuple[tuple[str, str], ...]) -> dict[str, str]:
 
 
 @functools.cache
-def _tls_context() -> ssl.SSLContext:
+def tls_context() -> ssl.SSLContext:
     import ssl
 
     context = ssl.create_default_context()
@@ -389,7 +389,7 @@ class _Download:
         connection.sock = raw
         try:
             if url.scheme == "https":
-                secured = _tls_context().wrap_socket(raw, server_hostname=url.host, do_handshake_on_connect=False)
+                secured = tls_context().wrap_socket(raw, server_hostname=url.host, do_handshake_on_connect=False)
                 connection.sock = self._use(secured)
                 secured.do_handshake()
             connection.sock.settimeout(STALL_TIMEOUT)
