@@ -320,7 +320,7 @@ def transcript_from_dict(data: Mapping[str, Any]) -> Transcript:
             language=data["language"],
             language_probability=data.get("language_probability"),
             duration=float(data["duration"]),
-            segments=tuple(_segment(segment) for segment in data["segments"]),
+            segments=tuple(segment_from_dict(segment) for segment in data["segments"]),
             warnings=tuple(_text(warning) for warning in data.get("warnings", ())),
             receipt=None if receipt is None else _known(Receipt, receipt, gaps=tuple(map(tuple, receipt["gaps"]))),
         )
@@ -328,7 +328,8 @@ def transcript_from_dict(data: Mapping[str, Any]) -> Transcript:
         raise InvalidInput("The answer is not a transcript: is it a service of this kind and version?") from None
 
 
-def _segment(data: Mapping[str, Any]) -> Segment:
+def segment_from_dict(data: Mapping[str, Any]) -> Segment:
+    """What :func:`segment_to_dict` wrote. Raises KeyError, TypeError or ValueError where it is not one."""
     words = data.get("words")
     return _known(
         Segment,

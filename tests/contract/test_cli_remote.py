@@ -229,6 +229,40 @@ def test_what_will_not_change_is_told_at_once(
     assert [path.name for path in call.parent.iterdir()] == [call.name]
 
 
+def events(*pairs: tuple[str, Any]) -> tuple[int, dict[str, str], bytes]:
+    body = "".join(f": still here\n\nevent: {name}\ndata: {json.dumps(data)}\n\n" for name, data in pairs)
+    return 200, {"Content-Type": "text/event-stream; charset=utf-8"}, body.encode()
+
+
+def test_a_stream_of_events_shows_how_far_it_is_and_repeats_nothing(
+    serve: Callable[..., Script], call: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first attempt breaks off behind its first segment; the second one goes on from there."""
+    one = ANSWER["segments"][0]
+    two = {**one, "id": 1, "start": 1.5, "end": 2.0, "text": " Servus."}
+    progress = ("progress", {"stage": "recognize", "done_seconds": 1.0, "total_seconds": 2.0})
+    whole = {**ANSWER, "segments": [one, two]}
+    script = serve(
+        events(progress, ("segment", one)),
+        events(("segment", one), ("segment", {"no": "segment"}), progress, ("done", whole)),
+    )
+    assert main([str(call), "--server", script.url, "-f", "txt"]) == 0
+    assert "text/event-stream" in script.requests[0].headers["accept"]
+    assert len(script.requests) == 2
+    said = capsys.readouterr()
+    assert said.out.splitlines()[:-1] == ["[00:00.000 --> 00:01.500]  Grüß Gott.", "[00:01.500 --> 00:02.000]  Servus."]
+    assert call.with_suffix(".txt").read_text(encoding="utf-8") == "Grüß Gott.\nServus.\n"
+
+    script = serve(events(progress, ("done", whole)))
+    assert main([str(call), "--server", script.url, "--verbose", "False"]) == 0
+    said = capsys.readouterr()
+    assert (said.out, "50%" in said.err) == ("", True)
+
+    script = serve(events(("error", {"code": "DECODE", "message": "It is no audio.", "retryable": False})))
+    assert main([str(call), "--server", script.url]) == 1
+    assert "It is no audio." in capsys.readouterr().err
+
+
 def test_retry_after_is_honoured_up_to_the_timeout(
     serve: Callable[..., Script], call: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

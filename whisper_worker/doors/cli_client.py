@@ -33,7 +33,7 @@ from whisper_worker.errors import (
     TooLarge,
     WhisperWorkerError,
 )
-from whisper_worker.schema import transcript_from_dict
+from whisper_worker.schema import segment_from_dict, transcript_from_dict
 from whisper_worker.types import Progress, Segment, Transcript
 
 _BLOCK = 256 * 1024
@@ -83,6 +83,38 @@ class _Answer:
     body: bytes
 
 
+class _Listener:
+    """Passes on what a service tells while it works. A further attempt tells no segment a second time."""
+
+    def __init__(self, on_segment: Callable[[Segment], None], on_progress: Callable[[Progress], None] | None) -> None:
+        self._on_segment = on_segment
+        self._on_progress = on_progress
+        self._n_told = 0
+        self._n_heard = 0
+
+    def begin(self) -> None:
+        self._n_heard = 0
+
+    def event(self, name: str, data: Any) -> None:
+        # What is malformed is passed over: the whole transcript comes at the end, and is checked.
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+            if name == "segment":
+                self._n_heard += 1
+                if self._n_heard > self._n_told:
+                    self._tell(segment_from_dict(data))
+            elif name == "progress" and self._on_progress is not None:
+                done, total = float(data["done_seconds"]), float(data["total_seconds"])
+                self._on_progress(Progress(str(data["stage"]), done, total))
+
+    def finish(self, transcript: Transcript) -> None:
+        for segment in transcript.segments[self._n_told :]:
+            self._tell(segment)
+
+    def _tell(self, segment: Segment) -> None:
+        self._n_told += 1
+        self._on_segment(segment)
+
+
 class ServiceClient:
     """One service; see :class:`whisper_worker.doors.cli_run.Engine`."""
 
@@ -112,18 +144,18 @@ class ServiceClient:
         on_segment: Callable[[Segment], None],
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Transcript:
-        """Send one recording and wait for its transcript; segments are reported when all are there.
+        """Send one recording and wait for its transcript; segments and progress are reported as they come.
 
         Raises the service's own typed errors, :class:`Unreachable`, :class:`DeadlineExceeded`.
         """
-        answer = self._insist(item, time.monotonic() + self._timeout)
+        listener = _Listener(on_segment, on_progress)
+        answer = self._insist(item, time.monotonic() + self._timeout, listener)
         try:
             data = json.loads(answer.body)
         except ValueError:
             data = {}
         transcript = transcript_from_dict(data if isinstance(data, dict) else {})
-        for segment in transcript.segments:
-            on_segment(segment)
+        listener.finish(transcript)
         return transcript
 
     def prepare(self) -> None:
@@ -138,15 +170,16 @@ class ServiceClient:
     def is_ready(self) -> bool:
         """Whether the service answers and its model is loaded."""
         with contextlib.suppress(WhisperWorkerError):
-            return self._exchange("GET", "/ready", None, time.monotonic() + _READY_SECONDS).status == 200
+            return self._exchange("GET", "/ready", time.monotonic() + _READY_SECONDS).status == 200
         return False
 
-    def _insist(self, item: Input, deadline: float) -> _Answer:
+    def _insist(self, item: Input, deadline: float, listener: _Listener) -> _Answer:
         pauses = self._pauses(deadline)
         while True:
             asked: float | None = None
             try:
-                answer = self._exchange("POST", "/transcribe", item, deadline)
+                listener.begin()
+                answer = self._exchange("POST", "/transcribe", deadline, item, listener)
                 if answer.status == 200:
                     return answer
                 error = _error_of(answer)
@@ -170,7 +203,9 @@ class ServiceClient:
             if time.monotonic() < deadline:
                 yield min(_LONGEST_PAUSE, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
 
-    def _exchange(self, method: str, path: str, item: Input | None, deadline: float) -> _Answer:
+    def _exchange(
+        self, method: str, path: str, deadline: float, item: Input | None = None, listener: _Listener | None = None
+    ) -> _Answer:
         with contextlib.ExitStack() as stack:
             body = None if item is None else stack.enter_context(_Form.of(item, self._fields))
             try:
@@ -179,7 +214,7 @@ class ServiceClient:
                 raise _unreachable(error) from error
             stack.callback(connection.close)
             try:
-                return self._talk(connection, method, path, body, deadline)
+                return self._talk(connection, method, path, deadline, body, listener)
             except TimeoutError:
                 raise DeadlineExceeded(
                     f"The service did not answer within {self._timeout:g} seconds; give it more with --timeout."
@@ -207,17 +242,27 @@ class ServiceClient:
         return connection
 
     def _talk(
-        self, connection: http.client.HTTPConnection, method: str, path: str, body: _Form | None, deadline: float
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        deadline: float,
+        body: _Form | None,
+        listener: _Listener | None,
     ) -> _Answer:
         def within_time() -> None:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError
-            connection.sock.settimeout(remaining)
+            # The response holds the socket once the connection is to be closed after it.
+            if sock.fileno() >= 0:
+                sock.settimeout(remaining)
 
+        sock = connection.sock
         within_time()
         connection.putrequest(method, self._address.prefix + path, skip_accept_encoding=True)
-        connection.putheader("Accept", "application/json")
+        # A stream of events shows how far it is, and its signs of life keep proxies from hanging up.
+        connection.putheader("Accept", "application/json" + (", text/event-stream" if listener else ""))
         connection.putheader("User-Agent", f"whisper-worker/{__version__}")
         connection.putheader("Connection", "close")
         if self._key is not None:
@@ -228,7 +273,7 @@ class ServiceClient:
         connection.endheaders()
         for block in body.blocks() if body is not None else ():
             within_time()
-            if _has_answered(connection.sock):
+            if _has_answered(sock):
                 break
             try:
                 connection.send(block)
@@ -236,15 +281,36 @@ class ServiceClient:
                 break  # whoever closes early has mostly said why
         within_time()
         response = connection.getresponse()
+        if listener is not None and response.headers.get_content_type() == "text/event-stream":
+            return _hear(response, listener, within_time)
         content = bytearray()
         while block := response.read1(_BLOCK):
             content += block
             if len(content) > _MAX_ANSWER_BYTES:
                 raise TooLarge("The service's answer is too large.")
-            # Closed by then where the answer had no body left to wait for.
-            if connection.sock is not None:
-                within_time()
+            within_time()
         return _Answer(response.status, response.headers.get("Retry-After"), bytes(content))
+
+
+def _hear(response: http.client.HTTPResponse, listener: _Listener, within_time: Callable[[], None]) -> _Answer:
+    """Follow a stream of events to its end: the transcript, or the error. Raises where it breaks off before."""
+    name, n_bytes = "", 0
+    while line := response.readline(_MAX_ANSWER_BYTES):
+        within_time()
+        n_bytes += len(line)
+        if n_bytes > 2 * _MAX_ANSWER_BYTES:
+            raise TooLarge("The service's answer is too large.")
+        key, _, value = line.rstrip(b"\r\n").partition(b": ")
+        if key == b"event":
+            name = value.decode(errors="replace")
+        elif key == b"data" and name == "done":
+            return _Answer(200, None, value)
+        elif key == b"data" and name == "error":
+            return _Answer(500, None, value)
+        elif key == b"data":
+            with contextlib.suppress(ValueError):
+                listener.event(name, json.loads(value))
+    raise http.client.IncompleteRead(b"")
 
 
 class _UnixConnection(http.client.HTTPConnection):
