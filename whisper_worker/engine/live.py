@@ -31,15 +31,18 @@ MAX_PENDING_SECONDS = 30.0
 """Sound not yet transcribed that a session holds; whoever feeds it waits when that is reached."""
 
 PAUSE_SECONDS = 0.5
-"""Silence that ends a window."""
+"""Silence that settles what was said before it."""
 STALL_SECONDS = 1.0
-"""Time without any new sound that ends a window, as a pause does."""
+"""Time without any new sound that settles it too."""
 
 _LEAST_SPEECH_SECONDS = 0.2
 _PAD_SECONDS = 0.3
 """Real sound kept before and after the speech of a window, as far as the pause allows."""
-_LONG_SECONDS, _SHORT_PAUSE_SECONDS = 8.0, 0.25
-"""From this length on a window also ends in a pause this short: decoding costs grow with its length."""
+_WINDOW_SECONDS, _SHORT_PAUSE_SECONDS = 10.0, 0.25
+"""From this length on a window ends in a pause, even one this short. Until then what was said before a
+pause stays in the window: its sound is the best context for what follows, but each decode costs more."""
+_SILENCE_SECONDS = 2.0
+"""Silence that ends a window of any length."""
 _CAP_SECONDS, _CAP_SEARCH_SECONDS = 18.0, 6.0
 """Length at which a window ends without a pause, where speech is least sure within its last stretch."""
 
@@ -146,10 +149,15 @@ class LiveSession:
         """Sample that ``_audio`` and ``_probabilities`` begin with; a multiple of a frame."""
         self._probabilities = np.empty(0, dtype=np.float32)
         self._spans: list[list[int]] = []
-        """Speech behind the anchor, ``[start, end]`` in samples; the last one grows while ``_speaking``."""
+        """Speech not yet settled, ``[start, end]`` in samples; the last one grows while ``_speaking``."""
         self._speaking = False
         self._quiet_frames = 0
         self._anchor = 0
+        """Where the window begins."""
+        self._settled_to = 0
+        """Sample before which all is settled, in the window or at its beginning."""
+        self._speech_before = 0
+        """Samples of speech in the window before that."""
         self._last_input = clock()
         self._ended = False
         self._requested = 0
@@ -176,7 +184,7 @@ class LiveSession:
     @property
     def room(self) -> int:
         """Samples that may be fed now."""
-        return max(0, round(MAX_PENDING_SECONDS * SAMPLE_RATE) - (self._stop - self._anchor))
+        return max(0, round(MAX_PENDING_SECONDS * SAMPLE_RATE) - (self._stop - self._settled_to))
 
     @property
     def _stop(self) -> int:
@@ -193,9 +201,9 @@ class LiveSession:
         self._probabilities = np.concatenate([self._probabilities, found])
         for place, probability in enumerate(found.tolist()):
             self._hear((first + place) * FRAME_SAMPLES, probability)
-        if not self._spans:
+        if not self._spans and self._stop - self._settled_to >= _SILENCE_SECONDS * SAMPLE_RATE:
             # Silence is let go of, but for what may turn out to be the onset of a word.
-            self._move_anchor(self._stop - round(_PAD_SECONDS * SAMPLE_RATE))
+            self._open_window(self._stop - round(_PAD_SECONDS * SAMPLE_RATE))
 
     def finish(self) -> None:
         """No more sound will come."""
@@ -205,7 +213,7 @@ class LiveSession:
         end = at + FRAME_SAMPLES
         if probability >= self._threshold:
             if not self._speaking:
-                self._spans.append([max(at, self._anchor), end])
+                self._spans.append([max(at, self._settled_to), end])
             self._speaking, self._quiet_frames = True, 0
             self._spans[-1][1] = end
         elif self._speaking and probability < _NEG_SHARE * self._threshold:
@@ -230,14 +238,14 @@ class LiveSession:
                 return self._window(cut, final=True)
             if self._settled or self._tail:
                 return self._window(cut, final=True)
-            self._close(cut, None)
+            self._settle_to(cut)
             return self.request()
         if not self._spans:
             return None
         heard = self._spans[-1][1]
         new = heard - max(self._requested, self._spans[0][0])
         least, most = _INTERVAL_SECONDS
-        interval = min(max(least, self._turnaround), most) if self._requested > self._anchor else _FIRST_SECONDS
+        interval = min(max(least, self._turnaround), most) if self._requested > self._settled_to else _FIRST_SECONDS
         if new < interval * SAMPLE_RATE:
             return None
         return self._window(self._stop, final=False)
@@ -256,7 +264,7 @@ class LiveSession:
             start=self._anchor / SAMPLE_RATE,
             final=final,
             doubtful=not len(sound) or float(sound.max()) < 0.5,
-            speech_seconds=self._speech(stop) / SAMPLE_RATE,
+            speech_seconds=(self._speech_before + self._speech(stop)) / SAMPLE_RATE,
             history=self._history,
             prefix=tuple(token for word in self._settled for token in word.tokens),
             asked=self._clock(),
@@ -273,7 +281,7 @@ class LiveSession:
             if is_last and self._speaking:
                 break
             until = self._stop if is_last else self._spans[place + 1][0]
-            long = end - self._anchor >= _LONG_SECONDS * SAMPLE_RATE
+            long = end - self._anchor >= _WINDOW_SECONDS * SAMPLE_RATE
             if until - end >= (_SHORT_PAUSE_SECONDS if long else PAUSE_SECONDS) * SAMPLE_RATE:
                 return min(end + pad, (end + until) // 2 if not is_last else until)
         if self._spans and self._stop - self._anchor >= _CAP_SECONDS * SAMPLE_RATE:
@@ -296,9 +304,9 @@ class LiveSession:
         if not hypothesis.discarded:
             self._last = hypothesis
         if request.final:
-            # A discarded reading of a finished window leaves nothing better than what two others agreed on.
+            # A discarded reading of what is over leaves nothing better than what two others agreed on.
             self._settled.extend(words if not hypothesis.discarded else ())
-            self._close(round(request.start * SAMPLE_RATE) + len(request.waveform), hypothesis)
+            self._settle_to(round(request.start * SAMPLE_RATE) + len(request.waveform))
             return
         if hypothesis.discarded:
             return
@@ -325,23 +333,26 @@ class LiveSession:
             placed.append(replace(one, word=replace(one.word, start=start, end=end)))
         return placed
 
-    def _close(self, stop: int, hypothesis: Hypothesis | None) -> None:
-        """The window is over: everything in it is settled, and the next one begins at ``stop``."""
+    def _settle_to(self, stop: int) -> None:
+        """All words before ``stop`` are settled; a window that is long enough ends there."""
         self._tail = ()
         self._complete(closing=True)
-        said = tuple(token for word in self._settled for token in word.tokens)
-        self._history = (*self._history, *said)[-_HISTORY_TOKENS:]
-        self._settled, self._n_complete = [], 0
+        self._speech_before += self._speech(stop)
         self._spans = [[max(start, stop), end] for start, end in self._spans if end > stop]
         self._speaking = self._speaking and bool(self._spans)
-        self._anchor = self._requested = stop
-        self._move_anchor(stop if self._spans else self._stop - round(_PAD_SECONDS * SAMPLE_RATE))
+        self._settled_to = self._requested = stop
+        if stop - self._anchor >= _WINDOW_SECONDS * SAMPLE_RATE or not self._settled:
+            self._open_window(stop)
 
-    def _move_anchor(self, at: int) -> None:
+    def _open_window(self, at: int) -> None:
+        """Begin a new window, once all before it is settled; its sound is forgotten, some of its text is not."""
+        said = tuple(token for word in self._settled for token in word.tokens)
+        self._history = (*self._history, *said)[-_HISTORY_TOKENS:]
+        self._settled, self._n_complete, self._speech_before = [], 0, 0
         self._anchor = max(self._anchor, at)
+        self._settled_to = max(self._settled_to, self._anchor)
         self._requested = max(self._requested, self._anchor)
-        n_frames = (self._anchor - self._base) // FRAME_SAMPLES
-        n_frames = min(n_frames, len(self._probabilities))
+        n_frames = min((self._anchor - self._base) // FRAME_SAMPLES, len(self._probabilities))
         self._audio = self._audio[n_frames * FRAME_SAMPLES :].copy()
         self._probabilities = self._probabilities[n_frames:].copy()
         self._base += n_frames * FRAME_SAMPLES

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from whisper_worker.engine import quality
-from whisper_worker.engine.live import Hypothesis, LiveWord, Request
+from whisper_worker.engine.live import Hypothesis, LiveWord, Request, folded
 from whisper_worker.engine.quality import Attempt, Verdict
 from whisper_worker.engine.recognizer import N_FRAMES, DecodingOptions, DecodingResult
 from whisper_worker.engine.scheduler import Priority, Work
@@ -110,6 +110,11 @@ class _Window:
         self._job = owner._final if request.final else owner._partial
         self._state: Any = None
         self._wide = False
+        # Behind a full stop the model likes to end. Whether there is one, it shall judge by what it hears now.
+        n_prefix = len(request.prefix)
+        while n_prefix and _is_punctuation(owner._tokenizer.decode(request.prefix[n_prefix - 1 : n_prefix])):
+            n_prefix -= 1
+        self._prefix = request.prefix[:n_prefix]
 
     def detect(self) -> dict[str, float]:
         """The probability of each language."""
@@ -121,20 +126,20 @@ class _Window:
         if wide and not self._wide:
             self._wide, self._state = True, None
         request, tokenizer = self._request, self._owner._tokenizer
-        least = request.speech_seconds * _TOKENS_PER_SECOND + _TOKEN_LIMITS[0] / 2 - len(request.prefix)
+        least = request.speech_seconds * _TOKENS_PER_SECOND + _TOKEN_LIMITS[0] / 2 - len(self._prefix)
         limit = next((limit for limit in _TOKEN_LIMITS if limit >= least), _TOKEN_LIMITS[-1])
         # Behind a prefix there may be nothing more to say.
-        options = replace(options, max_new_tokens=limit, suppress_blank=not request.prefix)
+        options = replace(options, max_new_tokens=limit, suppress_blank=not self._prefix)
         result: DecodingResult = self._run(options, None)
-        said = [*request.prefix, *(token for token in result.tokens if token < tokenizer.eot)]
+        said = [*self._prefix, *(token for token in result.tokens if token < tokenizer.eot)]
         text = tokenizer.decode(said).strip()
         return quality.attempt(result, text, loop=quality.is_loop(said, text, request.speech_seconds))
 
     def words(self, result: DecodingResult) -> tuple[LiveWord, ...]:
         """The words behind the prefix, with times."""
         request, owner = self._request, self._owner
-        n_prefix = len(request.prefix)
-        tokens = (*request.prefix, *(token for token in result.tokens if token < owner._tokenizer.eot))
+        n_prefix = len(self._prefix)
+        tokens = (*self._prefix, *(token for token in result.tokens if token < owner._tokenizer.eot))
         if len(tokens) == n_prefix:
             return ()
         attention, probabilities = self._run(DecodingOptions(task=owner._options.task), tokens)
@@ -168,7 +173,7 @@ class _Window:
             tokens=tokens,
             language=owner.language,
             prompt=(*owner._prompt, *request.history) if decoding else (),
-            prefix=request.prefix if decoding else (),
+            prefix=self._prefix if decoding else (),
             state=self._state,
         )
         self._job.submit(work)
@@ -187,3 +192,8 @@ class _Window:
         padded = mel.new_full((mel.shape[0], N_FRAMES), float(mel.min()))
         padded[:, : mel.shape[1]] = mel
         return padded
+
+
+def _is_punctuation(text: str) -> bool:
+    # Part of a character, which a token may be, is none.
+    return not folded(text) and "\ufffd" not in text
