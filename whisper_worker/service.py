@@ -57,6 +57,10 @@ class Service:
         # One window of silence through every stage: the first real job finds everything touched.
         engine.pipeline.transcribe(np.zeros(SAMPLE_RATE, dtype=np.int16), TranscribeOptions(vad=False, language="en"))
 
+    def pipeline(self) -> Pipeline:
+        """The loaded pipeline, for a door whose sound comes while it is spoken. Raises as :meth:`load` does."""
+        return self._start_loading().result().pipeline
+
     @property
     def ready(self) -> bool:
         """Whether a model is loaded."""

@@ -220,7 +220,7 @@ class Settings:
     api_keys: tuple[str, ...] = _setting(
         (),
         _words,
-        "Keys, separated by commas, one of which a request to the HTTP service must show as its bearer token.",
+        "Keys, separated by commas, one of which a request to the HTTP or live service must show as its bearer token.",
         "WHISPER_API_KEYS",
         shown="none: open to all who reach it",
         secret=True,
@@ -272,6 +272,26 @@ class Settings:
         "Seconds that the HTTP service, told to stop, gives to the work in hand. Jobs of `/jobs` that take "
         "longer are run again by the next process.",
         "WHISPER_DRAIN_TIMEOUT",
+    )
+    live_port: int = _setting(9090, _integer(0, 65535), "Port of the live service.", "WHISPERLIVE_PORT")
+    health_port: int = _setting(
+        9999, _integer(0, 65535), "Port on which the live service tells how it is.", "HEALTH_CHECK_PORT"
+    )
+    max_clients: int = _setting(
+        4,
+        _integer(1, 10_000),
+        "Clients that the live service serves at a time; further ones are told to wait.",
+        "MAX_CLIENTS",
+    )
+    max_connection_time: float = _setting(
+        600.0, _number(0.1, 1e7), "Seconds after which a live client's session ends.", "MAX_CONNECTION_TIME"
+    )
+    live_recordings: Path | None = _setting(
+        None,
+        _path,
+        "Directory in which the live service keeps the sound and the text of every session.",
+        "WHISPER_LIVE_RECORDINGS",
+        shown="none: nothing is kept",
     )
     log_format: str = _setting("text", _choice("text", "json"), "Log lines as text or JSON.", "LOG_FORMAT")
     log_level: str = _setting(
