@@ -36,7 +36,7 @@ _START_SECONDS = 300.0
 """Time for the service to load its model: large ones come from slow disks."""
 _LONGEST_SOCKET_PATH = 100
 """Bytes; the system's limit is a little above."""
-_SEPARATES = ("model", "model_cache", "engine", "device", "compute_type", "threads", "batch_size")
+_SEPARATES = ("model", "model_cache", "engine", "device", "compute_type", "threads", "batch_size", "api_keys")
 _JOB_SECONDS = 24 * 3600.0
 
 SERVE = (sys.executable, "-m", "whisper_worker", "serve")
@@ -57,6 +57,8 @@ class WarmEngine:
         """``serve``: the command that takes ``--uds PATH --idle-timeout SECONDS``."""
         self._payload = payload
         self._settings = settings
+        # The service reads the same environment: what it asks of the world it asks of us.
+        self._key = next(iter(settings.api_keys), None)
         self._idle_seconds = idle_seconds
         self._fallback = fallback
         self._say = say
@@ -91,7 +93,7 @@ class WarmEngine:
             directory = runtime_directory(self._settings)
             socket = directory / f"{service_key(self._settings)}.sock"
             client = ServiceClient(
-                Address("localhost", socket=socket), self._payload, timeout=_JOB_SECONDS, say=self._say
+                Address("localhost", socket=socket), self._payload, key=self._key, timeout=_JOB_SECONDS, say=self._say
             )
             if not client.is_ready():
                 with _lock(socket.with_suffix(".lock")):
