@@ -224,18 +224,23 @@ def say(text: str) -> None:
 
 # -- engines -----------------------------------------------------------------------------
 
+OURS = "ours"
+
 PEERS: dict[str, dict[str, Any]] = {
+    "ours-greedy": {"engine": OURS, "beam_size": 1},
+    "ours-beam5": {"engine": OURS, "beam_size": 5},
     "faster-whisper": {"engine": "faster-whisper", "beam_size": 5, "batch_size": 0},
     "faster-whisper-greedy": {"engine": "faster-whisper", "beam_size": 1, "batch_size": 0},
     "faster-whisper-batched8": {"engine": "faster-whisper", "beam_size": 1, "batch_size": 8},
     "faster-whisper-batched16": {"engine": "faster-whisper", "beam_size": 1, "batch_size": 16},
+    "faster-whisper-batched8-beam5": {"engine": "faster-whisper", "beam_size": 5, "batch_size": 8},
     "openai-whisper": {"engine": "openai-whisper", "beam_size": 1},
     "openai-whisper-beam5": {"engine": "openai-whisper", "beam_size": 5},
     "transformers": {"engine": "transformers", "beam_size": 1, "batch_size": 8},
 }
-"""Implementations compared with, by name: sequential ones, and batched ones with their batch size."""
+"""Implementations compared with, by name: sequential ones, batched ones with their batch size, and the
+worker itself with a search that is not its default."""
 
-OURS = "ours"
 Reply = dict[str, Any]
 
 
@@ -263,6 +268,8 @@ class Bench:
         if name == OURS:
             return self._process(sys.executable, {"engine": OURS, "beam_size": self.beam_size, "cold": cold})
         spec: dict[str, Any] = dict(PEERS[name])
+        if spec["engine"] == OURS:
+            return self._process(sys.executable, spec | {"cold": cold})
         if spec["engine"] == "faster-whisper":
             spec["ct2_dir"] = str(self._ct2_dir())
         return self._process(peers_python(), spec)

@@ -8,7 +8,8 @@ other, so that a change in the machine's load hits all of them; medians over the
 reported. Loading the model is not part of wall and CPU time (coldstart.py measures it); memory
 is the peak of the engine's process. Here faster-whisper stands for its sequential mode with
 beam 5, its greedy one, and its batched ones with 8 and 16 windows, all in int8; openai-whisper
-and transformers run in float32, greedy, the latter with batches of 8.
+and transformers run in float32, greedy, the latter with batches of 8. ``ours-greedy`` and
+``ours-beam5`` among the peers are the worker with that many beams asked for.
 
 The last line is JSON: ``audio_s``, ``ours`` and each of ``peers`` with ``wall_s``, ``cpu_s``,
 ``peak_mb``, ``load_s`` and, if --text is given, ``wer``; ``ratio_wall`` and ``ratio_cpu``: ours
@@ -35,7 +36,7 @@ def main() -> None:
     arguments_of.add_argument("--rounds", type=int, default=3)
     arguments_of.add_argument("--text", type=Path, help="reference text, for word errors")
     arguments_of.add_argument("--language", default="en", help="told to all engines")
-    arguments_of.add_argument("--beam-size", type=int, default=0, help="of ours; 0: greedy")
+    arguments_of.add_argument("--beam-size", type=int, default=0, help="of ours; 0: its own choice")
     arguments_of.add_argument("--batch-size", type=int, default=0, help="of ours; 0: from free memory")
     arguments = arguments_of.parse_args()
 

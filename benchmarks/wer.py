@@ -94,7 +94,7 @@ def main() -> None:
     arguments_of.add_argument("--category", action="append", default=[], help="only this category; may be repeated")
     arguments_of.add_argument("--engine", choices=[OURS, *PEERS], default=OURS, help="measure this one as the first")
     arguments_of.add_argument("--detect-language", action="store_true", help="do not tell engines the language")
-    arguments_of.add_argument("--beam-size", type=int, default=0, help="of ours; 0: greedy")
+    arguments_of.add_argument("--beam-size", type=int, default=0, help="of ours; 0: its own choice")
     arguments_of.add_argument("--batch-size", type=int, default=0, help="of ours; 0: from free memory")
     arguments = arguments_of.parse_args()
 

@@ -243,8 +243,8 @@ def _source(values: dict[str, object]) -> AudioSource:
 def _without_effect(given: Mapping[str, object], options: TranscribeOptions) -> list[str]:
     """Options that were given but cannot do anything beside the others."""
     said: list[str] = []
-    if options.patience is not None and not options.beam_size and "patience" in given:
-        said.append("patience has an effect with beam_size only and was ignored.")
+    if options.patience is not None and options.beam_size == 1:
+        said.append("patience has an effect with two beams or more and was ignored.")
     if not options.word_timestamps:
         said.extend(
             f"{name} has an effect with word_timestamps only and was ignored."

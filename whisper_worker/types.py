@@ -139,6 +139,7 @@ class TranscribeOptions:
     """One start value, raised by ``temperature_increment_on_fallback`` up to 1.0, or the whole ladder."""
     best_of: int | None = 5
     beam_size: int | None = None
+    """Beams at temperature 0; 1 is greedy decoding; None leaves the number to the engine."""
     patience: float | None = None
     length_penalty: float | None = None
     suppress_tokens: str = "-1"

@@ -17,10 +17,10 @@ def judge(*attempts: Attempt, doubtful: bool = False, options: TranscribeOptions
     return quality.judge(attempts, quality.ladder(options, ()), options, doubtful=doubtful)
 
 
-def test_the_ladder_is_greedy_then_beam_then_hotter() -> None:
+def test_the_ladder_has_few_beams_then_more_then_heat() -> None:
     steps = quality.ladder(TranscribeOptions(), ())
     assert [(step.temperature, step.beam_size, step.best_of) for step in steps] == [
-        (0.0, None, None),
+        (0.0, 3, None),
         (0.0, 5, None),
         (0.2, None, 5),
         (0.4, None, 5),
@@ -36,6 +36,11 @@ def test_asked_for_beams_and_temperatures_are_taken_as_they_are() -> None:
     assert all(step.suppress_tokens == (9,) for step in steps)
 
 
+def test_one_beam_is_greedy_and_still_has_beams_to_fall_back_on() -> None:
+    steps = quality.ladder(TranscribeOptions(beam_size=1), ())
+    assert [(step.temperature, step.beam_size) for step in steps][:3] == [(0.0, None), (0.0, 5), (0.2, None)]
+
+
 def test_no_increment_means_one_attempt() -> None:
     assert len(quality.ladder(TranscribeOptions(temperature_increment_on_fallback=None), ())) == 1
     assert len(quality.ladder(TranscribeOptions(temperature=0.4, temperature_increment_on_fallback=0), ())) == 1
@@ -47,12 +52,13 @@ def test_plain_text_is_accepted_and_a_weak_one_tried_again() -> None:
     assert judge(tried("loop " * 60)) is Verdict.RETRY
 
 
-def test_a_greedy_decode_that_is_unsure_is_searched_by_beams_once() -> None:
+def test_a_decode_that_is_unsure_is_searched_more_widely_once() -> None:
     assert judge(tried("perhaps this", logprob=-0.6)) is Verdict.RETRY
     assert judge(tried("perhaps this", logprob=-0.6), tried("perhaps that", logprob=-0.55)) is Verdict.ACCEPT
-    only_greedy = TranscribeOptions(temperature_increment_on_fallback=None)
-    assert judge(tried("perhaps this", logprob=-0.6), options=only_greedy) is Verdict.ACCEPT
+    single = TranscribeOptions(temperature_increment_on_fallback=None)
+    assert judge(tried("perhaps this", logprob=-0.6), options=single) is Verdict.ACCEPT
     assert judge(tried("perhaps this", logprob=-0.6), options=TranscribeOptions(beam_size=2)) is Verdict.ACCEPT
+    assert judge(tried("perhaps this", logprob=-0.6), options=TranscribeOptions(beam_size=1)) is Verdict.ACCEPT
 
 
 def test_two_searches_that_run_in_the_same_loop_prove_nothing() -> None:

@@ -96,10 +96,11 @@ def test_no_audio_and_two_audios_are_refused() -> None:
 
 
 def test_unknown_and_ineffective_options_are_named_or_refused() -> None:
-    payload = {**URL, "colour": "blue", "patience": 2.0}
+    payload = {**URL, "colour": "blue", "patience": 2.0, "beam_size": 1}
     job = job_input_from_dict(payload, SETTINGS)
     assert any("colour" in warning for warning in job.warnings)
     assert any("patience" in warning for warning in job.warnings)
+    assert not job_input_from_dict({**URL, "patience": 2.0}, SETTINGS).warnings
     with pytest.raises(InvalidInput, match="colour"):
         job_input_from_dict({**payload, "strict": True}, SETTINGS)
     with pytest.raises(InvalidInput, match="patience"):
