@@ -369,3 +369,49 @@ def test_it_starts_with_little_but_the_standard_library(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[]\n[]\n"
+
+
+RECORDER = Path(__file__).parents[2] / "deploy" / "recorder"
+
+
+def test_packed_into_one_file_it_needs_no_package(serve: Callable[..., Script], call: Path) -> None:
+    """What a recorder's machine gets: it keeps the exit status, and needs no site-packages."""
+    packed = call.with_name("whisper-remote")
+    subprocess.run(
+        ["sh", str(RECORDER / "build-remote.sh"), str(packed)],
+        env={**os.environ, "PYTHON": sys.executable},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert os.access(packed, os.X_OK)
+    script = serve(ok(), refusal(415, "DECODE", retryable=False))
+    for status in (0, 1):
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", str(packed), str(call), "-f", "json", "--verbose", "False"],
+            env={"WHISPER_SERVICE_URL": script.url},
+            cwd=call.parent,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == status, done.stderr
+    assert json.loads(call.with_suffix(".json").read_text())["text"] == ANSWER["text"]
+
+
+def test_the_container_wrapper_hands_arguments_on_whole(call: Path) -> None:
+    """A name with blanks stays one argument, which a wrapper that builds a command line would split."""
+    docker = call.with_name("docker")
+    docker.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\nexit 3\n')
+    docker.chmod(0o755)
+    done = subprocess.run(
+        ["sh", str(RECORDER / "whisper-container"), call.name, "--initial_prompt", "two  words; $HOME"],
+        env={"PATH": f"{call.parent}:{os.environ['PATH']}", "WHISPER_CONTAINER": "engine"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 3
+    words = done.stdout.splitlines()
+    assert words[-4:] == ["whisper", call.name, "--initial_prompt", "two  words; $HOME"]
+    assert "engine" in words

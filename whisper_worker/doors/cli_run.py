@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
@@ -103,7 +104,7 @@ def _one(item: Input, command: Command, engine: Engine, console: Console, severa
 @contextlib.contextmanager
 def _bar(wanted: bool, shown: str) -> Iterator[Callable[[Progress], None] | None]:
     """A bar over the recording's seconds with the time left, on standard error."""
-    if not wanted:
+    if not wanted or find_spec("tqdm") is None:  # whisper-remote may come without any package
         yield None
         return
     from tqdm import tqdm
