@@ -92,7 +92,7 @@ def test_none_turns_off_and_forms_can_carry_it() -> None:
         *("--temperature_increment_on_fallback", "None", "--beam_size", "None", "--language", "None"),
     )
     off = options(*thresholds)
-    assert off.beam_size is None
+    assert off.beam_size == 1
     assert off.language is None
     assert off.temperature_increment_on_fallback == 0.0
     assert off.compression_ratio_threshold == 1e6

@@ -47,12 +47,13 @@ _PAYLOAD = (
 _HERE_ONLY = ("model_dir", "device", "fp16", "compute_type", "threads", "keep_warm")
 _THERE_ONLY = ("timeout", "retries", "key_file", "client_cert")
 _OFF = {
+    "beam_size": 1,
     "temperature_increment_on_fallback": 0.0,
     "compression_ratio_threshold": 1e6,
     "logprob_threshold": -1e6,
     "no_speech_threshold": 1.0,
 }
-"""What ``None`` stands for: a bound that nothing passes. A form on its way to a service cannot carry null."""
+"""What ``None`` stands for: greedy decoding, a bound that nothing passes. A form that is sent cannot carry null."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +215,7 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--language", type=_language, help="code or English name; None detects it (default)")
     group.add_argument("--temperature", help="temperature of sampling, or several with commas (0)")
     group.add_argument("--best_of", type=_optional(_count(1)), help="candidates at temperatures above 0 (5)")
-    group.add_argument("--beam_size", type=_optional(_count(1)), help=f"beams at temperature 0 ({BEAM_SIZE})")
+    group.add_argument("--beam_size", type=_optional(_count(1)), help=f"beams at temperature 0; None or 1 is greedy ({BEAM_SIZE})")
     group.add_argument("--patience", type=_optional(_number), help="patience of the beam search (1.0)")
     group.add_argument("--length_penalty", type=_optional(_number), help="token length penalty (by length)")
     group.add_argument("--suppress_tokens", help="token ids with commas; -1 is the list of non-speech symbols (-1)")
