@@ -31,7 +31,7 @@ MAX_PENDING_SECONDS = 30.0
 """Sound not yet transcribed that a session holds; whoever feeds it waits when that is reached."""
 
 PAUSE_SECONDS = 0.5
-"""Silence that settles what was said before it."""
+"""Silence that settles what was said before it, unless the session is told otherwise."""
 STALL_SECONDS = 1.0
 """Time without any new sound that settles it too."""
 
@@ -52,6 +52,8 @@ _INTERVAL_SECONDS = (0.35, 2.0)
 """Least and greatest stretch of new sound between two decodes of a window; in between, what a decode took."""
 _HOLD_SECONDS = 0.4
 """Sound that must follow a word before it may settle: at the edge the model guesses."""
+_LEAST_WORD_SECONDS = 0.08
+"""Nobody speaks several words faster than this."""
 _NEG_SHARE = 0.7
 _SPAN_END_FRAMES = 4
 """A span of speech ends after this many frames (128 ms) under ``_NEG_SHARE`` of the threshold."""
@@ -143,7 +145,8 @@ class LiveSession:
         """``threshold``: probability from which a frame is speech; from 0.5 on the detector is sure."""
         self._detector = detector
         self._clock = clock
-        self._threshold = threshold
+        self.threshold = threshold
+        self.pause_seconds = PAUSE_SECONDS
         self._audio = np.empty(0, dtype=np.int16)
         self._base = 0
         """Sample that ``_audio`` and ``_probabilities`` begin with; a multiple of a frame."""
@@ -160,6 +163,9 @@ class LiveSession:
         """Samples of speech in the window before that."""
         self._last_input = clock()
         self._ended = False
+        self._flush_to = 0
+        self.n_settles = 0
+        """How many times a pause, or what counts as one, settled all that was said before it."""
         self._requested = 0
         """Sample up to which the window was decoded."""
         self._turnaround = 0.0
@@ -205,18 +211,22 @@ class LiveSession:
             # Silence is let go of, but for what may turn out to be the onset of a word.
             self._open_window(self._stop - round(_PAD_SECONDS * SAMPLE_RATE))
 
+    def flush(self) -> None:
+        """Settle all sound received so far, as a pause would."""
+        self._flush_to = self._stop
+
     def finish(self) -> None:
         """No more sound will come."""
         self._ended = True
 
     def _hear(self, at: int, probability: float) -> None:
         end = at + FRAME_SAMPLES
-        if probability >= self._threshold:
+        if probability >= self.threshold:
             if not self._speaking:
                 self._spans.append([max(at, self._settled_to), end])
             self._speaking, self._quiet_frames = True, 0
             self._spans[-1][1] = end
-        elif self._speaking and probability < _NEG_SHARE * self._threshold:
+        elif self._speaking and probability < _NEG_SHARE * self.threshold:
             self._quiet_frames += 1
             self._speaking = self._quiet_frames < _SPAN_END_FRAMES
         elif self._speaking:
@@ -224,6 +234,16 @@ class LiveSession:
             self._spans[-1][1] = end
 
     # -- what to decode --------------------------------------------------------------------
+
+    @property
+    def speech(self) -> tuple[float, float] | None:
+        """Where the speech that is not settled yet begins and where it ends so far, in seconds."""
+        return (self._spans[0][0] / SAMPLE_RATE, self._spans[-1][1] / SAMPLE_RATE) if self._spans else None
+
+    @property
+    def settled_seconds(self) -> float:
+        """Seconds before which there is nothing left to settle."""
+        return (self._settled_to if self._spans else self._stop) / SAMPLE_RATE
 
     @property
     def done(self) -> bool:
@@ -282,7 +302,7 @@ class LiveSession:
                 break
             until = self._stop if is_last else self._spans[place + 1][0]
             long = end - self._anchor >= _WINDOW_SECONDS * SAMPLE_RATE
-            if until - end >= (_SHORT_PAUSE_SECONDS if long else PAUSE_SECONDS) * SAMPLE_RATE:
+            if until - end >= (_SHORT_PAUSE_SECONDS if long else self.pause_seconds) * SAMPLE_RATE:
                 return min(end + pad, (end + until) // 2 if not is_last else until)
         if self._spans and self._stop - self._anchor >= _CAP_SECONDS * SAMPLE_RATE:
             cap = self._anchor + round(_CAP_SECONDS * SAMPLE_RATE)
@@ -293,6 +313,8 @@ class LiveSession:
         stalled = self.room > 0 and self._clock() - self._last_input >= STALL_SECONDS
         if self._spans and (self._ended or stalled):
             return self._stop
+        if self._spans and self._spans[0][0] < self._flush_to:
+            return self._flush_to
         return None
 
     # -- what was heard --------------------------------------------------------------------
@@ -331,11 +353,12 @@ class LiveSession:
             end = min(max(end, start), self.seconds)
             floor = end
             placed.append(replace(one, word=replace(one.word, start=start, end=end)))
-        return placed
+        return placed[: _n_spoken(placed)]
 
     def _settle_to(self, stop: int) -> None:
         """All words before ``stop`` are settled; a window that is long enough ends there."""
         self._tail = ()
+        self.n_settles += 1
         self._complete(closing=True)
         self._speech_before += self._speech(stop)
         self._spans = [[max(start, stop), end] for start, end in self._spans if end > stop]
@@ -405,6 +428,16 @@ class LiveSession:
             )
         )
         self._n_segments += 1
+
+
+def _n_spoken(words: Sequence[LiveWord]) -> int:
+    """How many of these words there was time for: what the model repeats or adds is squeezed in at the end."""
+    n = len(words)
+    end = words[-1].word.end if words else 0.0
+    for first in range(len(words) - 2, -1, -1):
+        if end - words[first].word.start < _LEAST_WORD_SECONDS * (len(words) - first):
+            n = first
+    return n
 
 
 def _segment_length(words: Sequence[Word]) -> int:
