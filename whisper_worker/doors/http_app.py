@@ -30,7 +30,7 @@ from whisper_worker.doors import http_jobs, http_status, http_transcribe
 from whisper_worker.doors.http_common import Door
 from whisper_worker.doors.http_desk import GONE, Desk
 from whisper_worker.doors.http_docs import SCHEMAS, page
-from whisper_worker.doors.http_errors import Refused, error_response, refusal
+from whisper_worker.doors.http_errors import RETRY_AFTER, Refused, error_response, refusal
 from whisper_worker.errors import InternalError, WhisperWorkerError
 from whisper_worker.log import get_logger, job_context
 from whisper_worker.service import Service
@@ -234,6 +234,13 @@ class Gate:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
             await self._app(visit.scope, visit.receive, visit.send)
+        except asyncio.CancelledError:
+            # The time for stopping is over; the client is to try again elsewhere, not to give up.
+            if visit.status is None:
+                message = "The service is stopping and could not finish this request; send it again."
+                stopping = Refused(503, "BUSY", message, retryable=True, headers={"Retry-After": str(RETRY_AFTER)})
+                await error_response(stopping, path)(visit.scope, visit.receive, visit.send)
+            raise
         except Exception as error:
             if not isinstance(error, Refused):
                 # Its text may hold anything; the log gets its type and its way.

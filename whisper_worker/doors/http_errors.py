@@ -70,7 +70,7 @@ def refusal(error: Exception, path: str) -> Refused:
     status = STATUSES[typed.code]
     if path.startswith(OPENAI_PREFIX):
         status = _OPENAI_STATUSES.get(typed.code, status)
-    named = re.match(r"The field (\w+)", typed.message)
+    named = re.match(r"The (?:field )?(language\b|(?<=field )\w+)", typed.message)
     return Refused(
         status,
         typed.code,

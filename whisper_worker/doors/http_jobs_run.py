@@ -74,7 +74,7 @@ class LocalDispatch:
 
     def wake(self) -> None:
         with self._changed:
-            self._changed.notify()
+            self._changed.notify_all()
 
     def cancel(self, job_id: str) -> None:
         with self._changed:

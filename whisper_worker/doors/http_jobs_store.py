@@ -108,7 +108,10 @@ class JobStore:
         self._lock = threading.RLock()
         self._held = _hold(directory)
         self._spool.mkdir(mode=0o700, exist_ok=True)
-        self._database = sqlite3.connect(directory / "jobs.sqlite", check_same_thread=False, isolation_level=None)
+        database = directory / "jobs.sqlite"
+        # Requests may hold keys, and the directory may be one that others can read.
+        os.close(os.open(database, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600))
+        self._database = sqlite3.connect(database, check_same_thread=False, isolation_level=None)
         self._database.row_factory = sqlite3.Row
         # A power cut may cost the last moments, a killed process nothing.
         self._database.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA secure_delete=ON;")
