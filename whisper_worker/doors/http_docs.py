@@ -265,7 +265,7 @@ def speech_body(dialect: str, *, callback: bool = False, translation: bool = Fal
         return _body({"file": _FILE, **fields}, ["file", "model"], None)
     fields = {**_COMMON, **({"callback_url": _CALLBACK} if callback else {})}
     headers: Schema = {
-        "type": "object",
+        "type": ["object", "null"],
         "additionalProperties": {"type": "string"},
         "description": "Sent along to audio_url's host alone.",
     }

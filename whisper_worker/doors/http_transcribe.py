@@ -147,7 +147,7 @@ def _common_piece(name: str, data: Any) -> bytes:
 
 # -- OpenAI ------------------------------------------------------------------------------
 
-_OPENAI_ERRORS = errors(400, 401, 404, 413, 429, 500, 503, 504, schema="OpenAIError")
+_OPENAI_ERRORS = errors(400, 401, 404, 413, 415, 429, 500, 503, 504, schema="OpenAIError")
 _OPENAI_ANSWER: dict[str, Any] = {
     "description": "In the form that response_format names",
     "content": {
