@@ -296,20 +296,23 @@ class LiveSession:
     def _cut(self) -> int | None:
         """Where the window ends, if that is known."""
         pad = round(_PAD_SECONDS * SAMPLE_RATE)
+        # What is settled is not decoded again: no cut before it, or the next window would begin with it.
+        least = round(self._settled[-1].word.end * SAMPLE_RATE) if self._settled else self._anchor
         for place, (_, end) in enumerate(self._spans):
             is_last = place == len(self._spans) - 1
             if is_last and self._speaking:
                 break
             until = self._stop if is_last else self._spans[place + 1][0]
             long = end - self._anchor >= _WINDOW_SECONDS * SAMPLE_RATE
-            if until - end >= (_SHORT_PAUSE_SECONDS if long else self.pause_seconds) * SAMPLE_RATE:
-                return min(end + pad, (end + until) // 2 if not is_last else until)
-        if self._spans and self._stop - self._anchor >= _CAP_SECONDS * SAMPLE_RATE:
-            cap = self._anchor + round(_CAP_SECONDS * SAMPLE_RATE)
-            low = (cap - round(_CAP_SEARCH_SECONDS * SAMPLE_RATE) - self._base) // FRAME_SAMPLES
-            high = (cap - self._base) // FRAME_SAMPLES
+            cut = min(end + pad, until if is_last else (end + until) // 2)
+            if cut >= least and until - end >= (_SHORT_PAUSE_SECONDS if long else self.pause_seconds) * SAMPLE_RATE:
+                return cut
+        cap = self._anchor + round(_CAP_SECONDS * SAMPLE_RATE)
+        if self._spans and self._stop >= cap:
+            low = (max(least, cap - round(_CAP_SEARCH_SECONDS * SAMPLE_RATE)) - self._base) // FRAME_SAMPLES
+            high = max((cap - self._base) // FRAME_SAMPLES, low + 1)
             quietest = low + int(self._probabilities[low:high].argmin())
-            return self._base + quietest * FRAME_SAMPLES + FRAME_SAMPLES // 2
+            return min(max(least, self._base + quietest * FRAME_SAMPLES + FRAME_SAMPLES // 2), self._stop)
         stalled = self.room > 0 and self._clock() - self._last_input >= STALL_SECONDS
         if self._spans and (self._ended or stalled):
             return self._stop
@@ -435,7 +438,9 @@ def _n_spoken(words: Sequence[LiveWord]) -> int:
     n = len(words)
     end = words[-1].word.end if words else 0.0
     for first in range(len(words) - 2, -1, -1):
-        if end - words[first].word.start < _LEAST_WORD_SECONDS * (len(words) - first):
+        word = words[first].word
+        hurried = end - word.start < _LEAST_WORD_SECONDS * (len(words) - first)
+        if hurried and word.end - word.start < _LEAST_WORD_SECONDS:
             n = first
     return n
 
