@@ -159,6 +159,22 @@ def test_one_service_serves_all_calls_gives_what_a_cold_one_gives_and_ends(
         time.sleep(0.2)
 
 
+def test_a_model_or_a_device_that_is_not_there_is_told_at_once(tmp_path: Path, variables: dict[str, str]) -> None:
+    """The service stays up where its model does not load, and would be waited for in vain."""
+    process = start("cli", JFK, "--model", "small", "--keep-warm", "--model_dir", tmp_path, variables=variables)
+    _, told = process.communicate(timeout=SECONDS)
+    assert process.returncode == 3
+    assert "save_pipeline.py --model small" in told.splitlines()[-1]
+
+    import torch
+
+    if not torch.cuda.is_available():
+        process = start("cli", JFK, "--device", "cuda", "--keep-warm", variables=variables)
+        _, told = process.communicate(timeout=SECONDS)
+        assert process.returncode == 3
+        assert "--device cpu" in told.splitlines()[-1]
+
+
 class Fallback:
     """Stands for the engine in this process."""
 

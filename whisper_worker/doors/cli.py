@@ -55,7 +55,14 @@ def _here(command: Command, settings: Settings, console: Console) -> int:
     try:
         if command.keep_warm is None:
             return run(command, settings, engine, console)
-        warm = WarmEngine(command.payload, settings, command.keep_warm, engine, console.say)
+        warm = WarmEngine(
+            command.payload,
+            settings,
+            command.keep_warm,
+            engine,
+            console.say,
+            get_model=lambda: get_model(settings, console.say),
+        )
         return run(command, settings, warm, console)
     finally:
         engine.close()

@@ -30,6 +30,7 @@ from whisper_worker.errors import (
     Forbidden,
     InternalError,
     InvalidInput,
+    ModelError,
     TooLarge,
     WhisperWorkerError,
 )
@@ -159,7 +160,7 @@ class ServiceClient:
         return transcript
 
     def prepare(self) -> None:
-        """Wait until the service is ready. Raises :class:`Busy` where it does not become so in time."""
+        """Wait until the service is ready. Raises :class:`Busy` where it takes too long, :class:`ModelError`."""
         deadline = time.monotonic() + self._timeout
         for pause in self._pauses(deadline):
             if self.is_ready():
@@ -168,10 +169,16 @@ class ServiceClient:
         raise Busy("The service is not ready; try again later.")
 
     def is_ready(self) -> bool:
-        """Whether the service answers and its model is loaded."""
-        with contextlib.suppress(WhisperWorkerError):
-            return self._exchange("GET", "/ready", time.monotonic() + _READY_SECONDS).status == 200
-        return False
+        """Whether the service answers and its model is loaded. Raises :class:`ModelError` where it never will be."""
+        try:
+            answer = self._exchange("GET", "/ready", time.monotonic() + _READY_SECONDS)
+        except (Unreachable, DeadlineExceeded):
+            return False
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            told = json.loads(answer.body)
+            if told["status"] == "failed":
+                raise ModelError(" ".join(str(told["message"]).split())[:500])
+        return answer.status == 200
 
     def _insist(self, item: Input, deadline: float, listener: _Listener) -> _Answer:
         pauses = self._pauses(deadline)

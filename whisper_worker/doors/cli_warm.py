@@ -52,9 +52,13 @@ class WarmEngine:
         idle_seconds: float,
         fallback: Engine,
         say: Callable[[str], None],
+        get_model: Callable[[], None] = lambda: None,
         serve: tuple[str, ...] = SERVE,
     ) -> None:
-        """``serve``: the command that takes ``--uds PATH --idle-timeout SECONDS``."""
+        """``get_model`` makes sure that the model is on this machine: a service does not fetch it.
+
+        ``serve``: the command that takes ``--uds PATH --idle-timeout SECONDS``.
+        """
         self._payload = payload
         self._settings = settings
         # The service reads the same environment: what it asks of the world it asks of us.
@@ -62,6 +66,7 @@ class WarmEngine:
         self._idle_seconds = idle_seconds
         self._fallback = fallback
         self._say = say
+        self._get_model = get_model
         self._serve = serve
         self._gave_up = False
 
@@ -89,6 +94,7 @@ class WarmEngine:
         """The running service, None where there is none to be had."""
         if self._gave_up:
             return None
+        self._get_model()
         try:
             directory = runtime_directory(self._settings)
             socket = directory / f"{service_key(self._settings)}.sock"
@@ -121,13 +127,16 @@ class WarmEngine:
         finally:
             os.close(descriptor)
         deadline = time.monotonic() + _START_SECONDS
-        while not client.is_ready():
-            if process.poll() is not None:
-                raise Busy("the local service ended while it started; its log lies beside its socket")
-            if time.monotonic() > deadline:
-                process.terminate()
-                raise Busy("the local service was not ready in time; its log lies beside its socket")
-            time.sleep(0.05)
+        try:
+            while not client.is_ready():
+                if process.poll() is not None:
+                    raise Busy("the local service ended while it started; its log lies beside its socket")
+                if time.monotonic() > deadline:
+                    raise Busy("the local service was not ready in time; its log lies beside its socket")
+                time.sleep(0.05)
+        except BaseException:  # an interrupt, too: nobody would know of it
+            process.terminate()
+            raise
 
 
 def runtime_directory(settings: Settings) -> Path:
