@@ -7,6 +7,7 @@ import email.policy
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -90,7 +91,7 @@ def refusal(status: int, code: str, *, retryable: bool, **headers: str) -> tuple
 def serve() -> Iterator[Callable[..., Script]]:
     servers: list[ThreadingHTTPServer] = []
 
-    def start(*answers: tuple[int, dict[str, str], bytes] | None) -> Script:
+    def start(*answers: tuple[int, dict[str, str], bytes] | None, tls: ssl.SSLContext | None = None) -> Script:
         script = Script(list(answers))
 
         class Handler(BaseHTTPRequestHandler):
@@ -117,8 +118,11 @@ def serve() -> Iterator[Callable[..., Script]]:
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         servers.append(server)
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        script.url = f"http://127.0.0.1:{server.server_port}"
+        script.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}"
         return script
 
     yield start
@@ -415,3 +419,60 @@ def test_the_container_wrapper_hands_arguments_on_whole(call: Path) -> None:
     words = done.stdout.splitlines()
     assert words[-4:] == ["whisper", call.name, "--initial_prompt", "two  words; $HOME"]
     assert "engine" in words
+
+
+def certificate(directory: Path, name: str, issuer: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+    """Key and certificate of ``name``, signed by ``issuer`` or by itself; ``NAME.pem`` holds both."""
+    from datetime import datetime, timedelta, timezone
+    from ipaddress import ip_address
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.now(timezone.utc)
+    signer, signed_by = issuer or (key, None)
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(signed_by.subject if signed_by else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .sign(signer, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (directory / f"{name}.pem").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + built.public_bytes(pem)
+    )
+    return key, built
+
+
+def test_mutual_tls(
+    serve: Callable[..., Script], call: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A service whose authority is unknown hears nothing; one that asks for a certificate is shown ours."""
+    authority = certificate(call.parent, "authority")
+    certificate(call.parent, "service", authority)
+    certificate(call.parent, "recorder", authority)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(call.parent / "authority.pem"))
+    context.load_cert_chain(call.parent / "service.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    script = serve(ok(), tls=context)
+    arguments = [str(call), "--server", script.url, "-f", "txt", "--retries", "0"]
+
+    assert main(arguments) == 1
+    assert "SSL_CERT_FILE" in capsys.readouterr().err
+    monkeypatch.setenv("SSL_CERT_FILE", str(call.parent / "authority.pem"))
+    assert main(arguments) == 4, "without a certificate of its own"
+    assert script.requests == []
+    assert main([*arguments, "--client-cert", str(call.parent / "recorder.pem")]) == 0
+    assert script.requests[0].form()["audio"][1] == call.read_bytes()
+    assert main([*arguments, "--client-cert", str(call)]) == 1
+    assert "--client-cert" in capsys.readouterr().err
