@@ -215,7 +215,9 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--language", type=_language, help="code or English name; None detects it (default)")
     group.add_argument("--temperature", help="temperature of sampling, or several with commas (0)")
     group.add_argument("--best_of", type=_optional(_count(1)), help="candidates at temperatures above 0 (5)")
-    group.add_argument("--beam_size", type=_optional(_count(1)), help=f"beams at temperature 0; None or 1 is greedy ({BEAM_SIZE})")
+    group.add_argument(
+        "--beam_size", type=_optional(_count(1)), help=f"beams at temperature 0; None or 1 is greedy ({BEAM_SIZE})"
+    )
     group.add_argument("--patience", type=_optional(_number), help="patience of the beam search (1.0)")
     group.add_argument("--length_penalty", type=_optional(_number), help="token length penalty (by length)")
     group.add_argument("--suppress_tokens", help="token ids with commas; -1 is the list of non-speech symbols (-1)")
