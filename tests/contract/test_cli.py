@@ -220,6 +220,14 @@ def test_asked_to_stop_it_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_a_place_for_temporary_files_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    done = whisper(JFK, cwd=tmp_path, WHISPER_TMPDIR=str(tmp_path / "file"))
+    assert done.returncode == 4
+    assert "WHISPER_TMPDIR" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "told"),
     [

@@ -267,6 +267,25 @@ def test_a_stream_of_events_shows_how_far_it_is_and_repeats_nothing(
     assert "It is no audio." in capsys.readouterr().err
 
 
+def test_a_reader_that_leaves_does_not_end_the_job(serve: Callable[..., Script], call: Path) -> None:
+    """``whisper call.wav | head -1`` writes its files."""
+    script = serve(ok())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "whisper_worker.doors.remote", str(call), "--server", script.url, "-f", "txt"],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert told.count("\n") == 1, told
+    assert call.with_suffix(".txt").exists()
+
+
 def test_retry_after_is_honoured_up_to_the_timeout(
     serve: Callable[..., Script], call: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

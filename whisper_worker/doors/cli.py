@@ -17,10 +17,10 @@ from whisper_worker import log
 from whisper_worker.doors.cli_inputs import Input
 from whisper_worker.doors.cli_options import Command, parse
 from whisper_worker.doors.cli_outputs import Console
-from whisper_worker.doors.cli_run import run
+from whisper_worker.doors.cli_run import refused, run
 from whisper_worker.doors.cli_warm import WarmEngine
 from whisper_worker.doors.remote import send
-from whisper_worker.errors import DownloadError, InvalidInput, ModelError
+from whisper_worker.errors import DownloadError, ModelError, WhisperWorkerError
 from whisper_worker.schema import job_input_from_dict
 from whisper_worker.settings import Settings
 from whisper_worker.types import AudioSource, CancelToken, Progress, Segment, Transcript
@@ -41,9 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         if url is not None:
             return send(command, settings, url, console)
         return _here(command, _with(command, settings), console)
-    except InvalidInput as error:
-        console.say(error.message)
-        return 2
+    except WhisperWorkerError as error:
+        return refused(error, console)
 
 
 def _here(command: Command, settings: Settings, console: Console) -> int:

@@ -128,15 +128,21 @@ class ServiceClient:
         client_cert: Path | None = None,
         timeout: float = 1200.0,
         retries: int = 4,
+        reconnects: bool = True,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """``timeout``: seconds for one file, retries included. ``payload``: the common request, less its audio."""
+        """``timeout``: seconds for one file, retries included. ``payload``: the common request, less its audio.
+
+        ``reconnects``: whether a further attempt is made where there was no connection, not only where the
+        service was busy.
+        """
         self._address = address
         self._fields = {name: _as_text(value) for name, value in payload.items()}
         self._key = key
         self._client_cert = client_cert
         self._timeout = timeout
         self._retries = retries
+        self._reconnects = reconnects
         self._say = say
 
     def transcribe(
@@ -194,6 +200,8 @@ class ServiceClient:
                     raise error
                 asked = _seconds_of(answer.retry_after)
             except Unreachable as unreachable:
+                if not self._reconnects:
+                    raise
                 error = unreachable
             pause = next(pauses, None)
             if pause is None:

@@ -88,4 +88,10 @@ class Console:
 
     @staticmethod
     def _print(line: str, stream: TextIO) -> None:
-        print(" ".join(line.splitlines()), file=stream, flush=True)
+        try:
+            print(" ".join(line.splitlines()), file=stream, flush=True)
+        except BrokenPipeError:
+            # Who read the lines has heard enough; the files are wanted all the same.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

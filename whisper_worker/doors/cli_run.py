@@ -14,7 +14,7 @@ from whisper_worker.audio.jobdir import job_directory
 from whisper_worker.doors.cli_inputs import Input, expand, is_directory
 from whisper_worker.doors.cli_options import Command
 from whisper_worker.doors.cli_outputs import Console, write_outputs
-from whisper_worker.errors import WhisperWorkerError
+from whisper_worker.errors import InvalidInput, WhisperWorkerError
 from whisper_worker.languages import LANGUAGES
 from whisper_worker.settings import Settings
 from whisper_worker.types import Progress, Segment, Transcript
@@ -56,6 +56,12 @@ class Engine(Protocol):
     def prepare(self) -> None:
         """Make ready for the first file. Raises typed errors."""
         ...
+
+
+def refused(error: WhisperWorkerError, console: Console) -> int:
+    """Say why the call came to nothing before its first file; gives the exit status."""
+    console.say(error.message)
+    return 2 if isinstance(error, InvalidInput) else EXIT_STATUS[error.code]
 
 
 def run(command: Command, settings: Settings, engine: Engine, console: Console) -> int:

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -34,10 +35,12 @@ if TYPE_CHECKING:
 
 _START_SECONDS = 300.0
 """Time for the service to load its model: large ones come from slow disks."""
+_STARTS = 3
 _LONGEST_SOCKET_PATH = 100
 """Bytes; the system's limit is a little above."""
 _SEPARATES = ("model", "model_cache", "engine", "device", "compute_type", "threads", "batch_size", "api_keys")
 _JOB_SECONDS = 24 * 3600.0
+_JOB_RETRIES = 50
 
 SERVE = (sys.executable, "-m", "whisper_worker", "serve")
 
@@ -77,7 +80,7 @@ class WarmEngine:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Transcript:
         """One recording. Raises typed errors only."""
-        for _ in range(2):  # a service found at the end of its idle time is gone at the second look
+        for _ in range(_STARTS):  # a service found at the end of its idle time is gone at the second look
             client = self._client()
             if client is None:
                 break
@@ -97,14 +100,20 @@ class WarmEngine:
         self._get_model()
         try:
             directory = runtime_directory(self._settings)
-            socket = directory / f"{service_key(self._settings)}.sock"
+            path = directory / f"{service_key(self._settings)}.sock"
             client = ServiceClient(
-                Address("localhost", socket=socket), self._payload, key=self._key, timeout=_JOB_SECONDS, say=self._say
+                Address("localhost", socket=path),
+                self._payload,
+                key=self._key,
+                timeout=_JOB_SECONDS,
+                retries=_JOB_RETRIES,
+                reconnects=False,
+                say=self._say,
             )
             if not client.is_ready():
-                with _lock(socket.with_suffix(".lock")):
+                with _lock(path.with_suffix(".lock")):
                     if not client.is_ready():
-                        self._start(socket, client)
+                        self._start(path, client)
             return client
         except (OSError, WhisperWorkerError) as error:
             self._gave_up = True
@@ -112,31 +121,40 @@ class WarmEngine:
             self._say(f"warning: --keep-warm does not work here ({reason}); the model is loaded for this call alone")
             return None
 
-    def _start(self, socket: Path, client: ServiceClient) -> None:
-        descriptor = os.open(socket.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    def _start(self, path: Path, client: ServiceClient) -> None:
+        """Start the service and wait until it is ready. Raises typed errors."""
+        deadline = time.monotonic() + _START_SECONDS
+        for _ in range(_STARTS):
+            process = self._spawn(path)
+            try:
+                while not client.is_ready():
+                    # Ours ends at once where another still listens: one that loads, left by a killed call, or
+                    # one that is about to stop. Either is waited for.
+                    if process.poll() is not None and not _listens(path):
+                        break
+                    if time.monotonic() > deadline:
+                        raise Busy("the local service was not ready in time; its log lies beside its socket")
+                    time.sleep(0.05)
+                else:
+                    return
+            except BaseException:  # an interrupt, too: nobody would know of it
+                process.terminate()
+                raise
+        raise Busy("the local service ended while it started; its log lies beside its socket")
+
+    def _spawn(self, path: Path) -> subprocess.Popen[bytes]:
+        descriptor = os.open(path.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            process = subprocess.Popen(
-                [*self._serve, "--uds", str(socket), "--idle-timeout", f"{self._idle_seconds:g}"],
+            return subprocess.Popen(
+                [*self._serve, "--uds", str(path), "--idle-timeout", f"{self._idle_seconds:g}"],
                 stdin=subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,
                 env=self._settings.for_child(),
                 start_new_session=True,  # it outlives the terminal and its Ctrl-C
-                close_fds=True,
             )
         finally:
             os.close(descriptor)
-        deadline = time.monotonic() + _START_SECONDS
-        try:
-            while not client.is_ready():
-                if process.poll() is not None:
-                    raise Busy("the local service ended while it started; its log lies beside its socket")
-                if time.monotonic() > deadline:
-                    raise Busy("the local service was not ready in time; its log lies beside its socket")
-                time.sleep(0.05)
-        except BaseException:  # an interrupt, too: nobody would know of it
-            process.terminate()
-            raise
 
 
 def runtime_directory(settings: Settings) -> Path:
@@ -163,6 +181,12 @@ def service_key(settings: Settings) -> str:
             asked[name] = str(Path(asked[name]).absolute())
     text = json.dumps({"version": __version__, "python": sys.executable, **asked})
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(str(path)) == 0
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from pathlib import Path
 from whisper_worker.doors.cli_client import Address, ServiceClient
 from whisper_worker.doors.cli_options import Command, parse
 from whisper_worker.doors.cli_outputs import Console
-from whisper_worker.doors.cli_run import run
-from whisper_worker.errors import InvalidInput
+from whisper_worker.doors.cli_run import refused, run
+from whisper_worker.errors import InvalidInput, WhisperWorkerError
 from whisper_worker.schema import job_input_from_dict
 from whisper_worker.settings import Settings
 from whisper_worker.types import AudioSource
@@ -32,9 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         if url is None:
             raise InvalidInput("There is no service to send to: give --server URL or set WHISPER_SERVICE_URL.")
         return send(command, settings, url, console)
-    except InvalidInput as error:
-        console.say(error.message)
-        return 2
+    except WhisperWorkerError as error:
+        return refused(error, console)
 
 
 def send(command: Command, settings: Settings, url: str, console: Console) -> int:
