@@ -53,7 +53,7 @@ def _float(low: float, high: float) -> Callable[[object], float]:
             raise ValueError("must be a number")
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError("must be a number") from None
         if not (math.isfinite(number) and low <= number <= high):
             raise ValueError(f"must be between {low:g} and {high:g}")

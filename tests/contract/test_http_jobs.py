@@ -40,7 +40,7 @@ def http_(jobs_dir: Path) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return long_speech(tmp_path_factory.mktemp("speech") / "long.wav", 10)
+    return long_speech(tmp_path_factory.mktemp("speech") / "long.wav", 5)
 
 
 def ended(client: httpx.Client, job_id: str) -> dict[str, Any]:

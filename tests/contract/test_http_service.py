@@ -116,6 +116,8 @@ def test_silence_gives_no_words(http: httpx.Client) -> None:
         ({"files": {"audio": b""}}, 415, "DECODE", "empty"),
         ({"json": {"audio_url": "http://127.0.0.1/a.mp3"}}, 403, "FORBIDDEN", "private"),
         ({"json": {"audio_url": "file:///etc/passwd"}}, 403, "FORBIDDEN", "https"),
+        ({"content": rb'{"\ud800": 1}', "headers": {"Content-Type": "application/json"}}, 422, "INVALID_INPUT", "JSON"),
+        ({"json": {"audio_url": "x", "temperature": 10**400}}, 422, "INVALID_INPUT", "temperature"),
         ({"json": [1]}, 422, "INVALID_INPUT", "object"),
         ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 422, "INVALID_INPUT", "JSON"),
         ({"content": b"abc", "headers": {"Content-Type": "audio/wav"}}, 415, "INVALID_INPUT", "multipart"),
@@ -216,7 +218,7 @@ def test_requests_carry_their_id(http: httpx.Client, caplog: pytest.LogCaptureFi
 
 
 def test_a_client_that_goes_takes_its_work_along(http: httpx.Client, tmp_path: Path) -> None:
-    speech = long_speech(tmp_path / "long.wav", 10).read_bytes()
+    speech = long_speech(tmp_path / "long.wav", 5).read_bytes()
     before = metric(http, "whisper_audio_seconds_total")
     with http.stream("POST", "/transcribe?stream=true", files={"audio": speech}) as answer:
         assert any(line == "event: segment" for line in answer.iter_lines())

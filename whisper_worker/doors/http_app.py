@@ -44,6 +44,8 @@ _OPEN_PATHS = frozenset(("/", "/health", "/ready", "/ping", "/docs", "/openapi.j
 """What needs no key: probes, which cannot show one, and what holds nothing of anybody's."""
 
 _ERROR_CODE = "whisper_worker.error_code"
+_METHODS = frozenset(("GET", "HEAD", "POST", "DELETE", "OPTIONS"))
+"""Methods counted by name: a label that callers choose freely would grow without end."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _DISCARDED_BYTES = 16 << 20
 _DISCARD_SECONDS = 5.0
@@ -265,7 +267,9 @@ class Gate:
         route = getattr(visit.scope.get("route"), "path", None) or "unknown"
         status = visit.status or GONE
         seconds = time.perf_counter() - visit.begun
-        method = visit.scope["method"] if route != "unknown" else "any"
+        method = visit.scope["method"]
+        if route == "unknown" or method not in _METHODS:
+            method = "any"
         self._door.metrics.add("whisper_http_requests_total", route=route, method=method, status=str(status))
         self._door.metrics.observe("whisper_http_request_seconds", seconds, route=route)
         code = visit.scope.get(_ERROR_CODE)

@@ -94,6 +94,9 @@ async def _read_json(request: Request) -> dict[str, Any]:
     body = b"".join([piece async for piece in _pieces(request, MAX_JSON_BYTES, message)])
     try:
         fields = json.loads(body)
+        if re.search(rb"\\u[dD]", body):
+            # Half of a surrogate pair can be written, but neither logged nor answered.
+            json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise InvalidInput("The body is not JSON.") from None
     if not isinstance(fields, dict):

@@ -24,7 +24,7 @@ from typing import Any
 
 from whisper_worker.audio.address import AddressGuard, HttpUrl, parse_http_url
 from whisper_worker.audio.fetch import tls_context
-from whisper_worker.doors.http_jobs_store import Callback, JobStore
+from whisper_worker.doors.http_jobs_store import STORE_PAUSE, Callback, JobStore
 from whisper_worker.errors import Forbidden, InvalidInput, WhisperWorkerError
 from whisper_worker.log import get_logger, job_context
 from whisper_worker.settings import Settings
@@ -92,20 +92,32 @@ class Sender:
 
     def _work(self) -> None:
         while not self._stopping:
-            callback = self._store.next_callback()
-            wait = None if callback is None else callback.due - time.time()
-            if callback is not None and wait is not None and wait <= 0:
-                with job_context(callback.job_id):
-                    self._try(callback)
-                continue
+            try:
+                wait = self._send_due()
+            except Exception:
+                _log.exception("Callbacks cannot be sent for now")
+                wait = STORE_PAUSE
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._woken, wait)
                 self._woken = False
 
+    def _send_due(self) -> float | None:
+        """Send what is due; gives the seconds until the next is, None where there is none."""
+        while not self._stopping and (callback := self._store.next_callback()) is not None:
+            wait = callback.due - time.time()
+            if wait > 0:
+                return wait
+            with job_context(callback.job_id):
+                self._try(callback)
+        return None
+
     def _try(self, callback: Callback) -> None:
+        view = self._store.view(callback.job_id)
+        if view is None:  # deleted a moment ago
+            return
         failure = None
         try:
-            status = self._post(callback.url, callback.job_id, self._store.view(callback.job_id))
+            status = self._post(callback.url, callback.job_id, view)
             if not 200 <= status < 300:
                 failure = f"HTTP {status}"
         except (WhisperWorkerError, OSError, http.client.HTTPException) as error:
@@ -121,7 +133,7 @@ class Sender:
             fields |= {"reason": failure, "again": again_at is not None}
             _log.warning("Callback not delivered", extra={"fields": fields})
 
-    def _post(self, url: str, job_id: str, view: dict[str, Any] | None) -> int:
+    def _post(self, url: str, job_id: str, view: dict[str, Any]) -> int:
         body = json.dumps(view, ensure_ascii=False).encode()
         timestamp = str(int(time.time()))
         parsed = parse_http_url(url)

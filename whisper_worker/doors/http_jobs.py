@@ -84,7 +84,8 @@ class Jobs:
                     callback_url = await asyncio.to_thread(check_callback, callback_url, self.door.settings)
                 await asyncio.to_thread(read_job, body, self.door)
                 await self._check_room()
-                await asyncio.to_thread(self.store.add, job_id, body.fields, body.upload, body.filename, callback_url)
+                # Not in a thread: an await here could be cancelled with the job half added.
+                self.store.add(job_id, body.fields, body.upload, body.filename, callback_url)
         _log.info("Job queued", extra={"fields": {"job": job_id}})
         self.dispatch.wake()
         return {"id": job_id, "status": "queued"}

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from whisper_worker.doors.http_body import Body
 from whisper_worker.doors.http_callback import Sender
 from whisper_worker.doors.http_common import Door, answer, progress_to_dict, read_job
-from whisper_worker.doors.http_jobs_store import JobStore, StoredJob
+from whisper_worker.doors.http_jobs_store import STORE_PAUSE, JobStore, StoredJob
 from whisper_worker.errors import Busy, Cancelled, InternalError, WhisperWorkerError
 from whisper_worker.log import get_logger, job_context
 from whisper_worker.schema import segment_to_dict
@@ -99,10 +99,16 @@ class LocalDispatch:
             thread.join()
 
     def _work(self) -> None:
-        while (claimed := self._claim()) is not None:
-            job, token = claimed
-            with job_context(job.id):
-                self._run(job, token)
+        while not self._draining:
+            try:
+                if (claimed := self._claim()) is not None:
+                    job, token = claimed
+                    with job_context(job.id):
+                        self._run(job, token)
+            except Exception:
+                # The outcome is lost, the job is not: the next process runs it again.
+                _log.exception("The store of jobs failed")
+                self._pause(STORE_PAUSE)
 
     def _claim(self) -> tuple[StoredJob, CancelToken] | None:
         """Wait for a job; None when there are to be no more."""
@@ -175,9 +181,15 @@ class LocalDispatch:
     def _sweep(self) -> None:
         ttl = self._door.settings.job_ttl
         while not self._draining:
-            self._store.expire(time.time() - ttl)
-            with self._changed:
-                self._changed.wait_for(lambda: self._draining, min(_SWEEP_INTERVAL, ttl / 2))
+            try:
+                self._store.expire(time.time() - ttl)
+            except Exception:
+                _log.exception("The store of jobs failed")
+            self._pause(min(_SWEEP_INTERVAL, ttl / 2))
+
+    def _pause(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._draining, seconds)
 
 
 def _unexpected() -> InternalError:

@@ -30,6 +30,9 @@ WAITING = ("queued", "running")
 MAX_ATTEMPTS = 3
 """Runs of a job that ends its process each time, before it counts as the reason."""
 
+STORE_PAUSE = 5.0
+"""Seconds to leave the store alone after it failed, as it does on a full disk."""
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
