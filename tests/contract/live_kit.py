@@ -93,8 +93,13 @@ class RunningServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(timeout=90)
+        self.stop()
+
+    def stop(self) -> None:
+        """Flush the sessions and close; a second call finds nothing to do."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(timeout=90)
         assert not self._thread.is_alive()
 
 

@@ -52,8 +52,8 @@ _INTERVAL_SECONDS = (0.35, 2.0)
 """Least and greatest stretch of new sound between two decodes of a window; in between, what a decode took."""
 _HOLD_SECONDS = 0.4
 """Sound that must follow a word before it may settle: at the edge the model guesses."""
-_LEAST_WORD_SECONDS = 0.08
-"""Nobody speaks several words faster than this."""
+_LEAST_WORD_SECONDS, _WHOLE_WORD_SECONDS = 0.03, 0.15
+"""Several words in a row that take less than this each were not said, but for those as long as a word can be."""
 _NEG_SHARE = 0.7
 _SPAN_END_FRAMES = 4
 """A span of speech ends after this many frames (128 ms) under ``_NEG_SHARE`` of the threshold."""
@@ -356,7 +356,7 @@ class LiveSession:
             end = min(max(end, start), self.seconds)
             floor = end
             placed.append(replace(one, word=replace(one.word, start=start, end=end)))
-        return placed[: _n_spoken(placed)]
+        return _spoken(placed)
 
     def _settle_to(self, stop: int) -> None:
         """All words before ``stop`` are settled; a window that is long enough ends there."""
@@ -433,16 +433,21 @@ class LiveSession:
         self._n_segments += 1
 
 
-def _n_spoken(words: Sequence[LiveWord]) -> int:
-    """How many of these words there was time for: what the model repeats or adds is squeezed in at the end."""
-    n = len(words)
-    end = words[-1].word.end if words else 0.0
-    for first in range(len(words) - 2, -1, -1):
-        word = words[first].word
-        hurried = end - word.start < _LEAST_WORD_SECONDS * (len(words) - first)
-        if hurried and word.end - word.start < _LEAST_WORD_SECONDS:
-            n = first
-    return n
+def _spoken(words: Sequence[LiveWord]) -> list[LiveWord]:
+    """Those of these words that there was time for: what the model repeats or adds lies squeezed together."""
+    doubted: set[int] = set()
+    for first in range(len(words)):
+        for last in range(first + 1, len(words)):
+            n = last - first + 1
+            at_end = last == len(words) - 1
+            seconds = words[last].word.end - words[first].word.start
+            if n >= (2 if at_end else 3) and seconds < _LEAST_WORD_SECONDS * n:
+                doubted.update(range(first, last + 1))
+    return [
+        one
+        for number, one in enumerate(words)
+        if number not in doubted or one.word.end - one.word.start >= _WHOLE_WORD_SECONDS
+    ]
 
 
 def _segment_length(words: Sequence[Word]) -> int:
