@@ -160,7 +160,6 @@ def test_a_file_goes_out_as_a_form_and_comes_back_as_files(
     assert form.pop("audio") == ("audio.wav", call.read_bytes()), "content whole, the recording's name kept back"
     assert {name: content.decode() for name, (_, content) in form.items()} == {
         "task": "transcribe",
-        "beam_size": "5",
         "word_timestamps": "false",
         "initial_prompt": 'ü "quoted"\r\nline',
         "model": "small",
@@ -180,7 +179,7 @@ def test_the_recorders_call_names_what_a_service_does_not_take(
     script = serve(ok())
     arguments = "--output_format json --language en --device cuda --fp16 True".split()
     assert main([str(call), *arguments, "--server", script.url]) == 0
-    assert set(script.requests[0].form()) == {"audio", "language", "beam_size"}
+    assert set(script.requests[0].form()) == {"audio", "language"}
     told = capsys.readouterr().err
     assert "--device has no effect" in told
     assert "--fp16 has no effect" in told

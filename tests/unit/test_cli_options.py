@@ -40,10 +40,10 @@ def test_every_flag_of_openai_whisper_is_here_or_its_absence_explained() -> None
     assert set(OPENAI_WHISPER) - ours == set(MISSING)
 
 
-def test_the_defaults_are_openai_whispers_but_for_one() -> None:
+def test_the_defaults_are_openai_whispers_but_for_two() -> None:
     """Theirs, as its --help states them; conditioning on earlier text is off here, since windows are decoded
-    side by side."""
-    assert options() == TranscribeOptions(beam_size=5, condition_on_previous_text=False)
+    side by side, and the number of beams is the engine's, so that every door gives the same text."""
+    assert options() == TranscribeOptions(beam_size=None, condition_on_previous_text=False)
     assert TranscribeOptions().best_of == 5
     assert TranscribeOptions().temperature_increment_on_fallback == 0.2
     plain = command()

@@ -32,7 +32,6 @@ EXIT_CODES = """exit status:
   130  interrupted
 With several files the others are still done, and the first failure gives the status."""
 
-BEAM_SIZE = 5
 KEEP_WARM_SECONDS = 600.0
 
 _PAYLOAD = (
@@ -118,8 +117,6 @@ def parse(argv: Sequence[str] | None, prog: str) -> Command:
         if name in payload and payload[name] is None:
             payload[name] = off
     payload = {name: value for name, value in payload.items() if value is not None}
-    if "beam_size" not in values:
-        payload["beam_size"] = BEAM_SIZE
     fmt = values.get("output_format", "all")
     fp16 = values.get("fp16", True)
     return Command(
@@ -216,7 +213,9 @@ def _add_decoding(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temperature", help="temperature of sampling, or several with commas (0)")
     group.add_argument("--best_of", type=_optional(_count(1)), help="candidates at temperatures above 0 (5)")
     group.add_argument(
-        "--beam_size", type=_optional(_count(1)), help=f"beams at temperature 0; None or 1 is greedy ({BEAM_SIZE})"
+        "--beam_size",
+        type=_optional(_count(1)),
+        help="beams at temperature 0; None or 1 is greedy (the engine chooses)",
     )
     group.add_argument("--patience", type=_optional(_number), help="patience of the beam search (1.0)")
     group.add_argument("--length_penalty", type=_optional(_number), help="token length penalty (by length)")

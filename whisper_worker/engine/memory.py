@@ -12,8 +12,8 @@ from whisper_worker.metrics import available_memory_bytes
 if TYPE_CHECKING:
     import torch
 
-_CPU_BATCH = 16
-"""On a CPU more rows no longer make a step cheaper by row, and they cost memory."""
+_CPU_BATCH = 8
+"""On a CPU more windows no longer make a step cheaper by window; they cost memory, and others wait longer."""
 
 
 def batch_size(row_bytes: int, device: torch.device) -> int:
