@@ -6,7 +6,7 @@ MODEL ?= tiny.en
 MANIFEST ?= tests/data/speech.jsonl
 
 .NOTPARALLEL:
-.PHONY: help run test check bench peers pins clean venv venv-test model ffmpeg
+.PHONY: help run test check bench peers pins clean venv venv-test model ffmpeg browser
 
 help:
 	@echo 'make run      transcribe test_input.json with the RunPod worker'
@@ -20,7 +20,7 @@ help:
 run: venv model
 	$(VENV) handler.py
 
-test: venv-test ffmpeg model check
+test: venv-test ffmpeg browser model check
 	$(VENV) -m pytest -q
 
 check: venv-test
@@ -54,6 +54,17 @@ ffmpeg:
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ffmpeg; \
 	  else \
 	    echo 'No ffmpeg on this system: tests of it are skipped. To run them: sudo apt-get install ffmpeg'; \
+	  fi; }
+
+# For the tests of the web page: playwright's own Chromium where it can be fetched, else the system's.
+browser: venv-test
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  timeout 180 $(VENV) -m playwright install --only-shell chromium >/dev/null 2>&1 || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    { timeout 60 apt-get update -qq; DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -y -qq --no-install-recommends chromium; } \
+	      || echo 'Chromium could not be installed: tests of the web page are skipped.'; \
+	  else \
+	    echo 'No Chromium on this system: tests of the web page are skipped. To run them: sudo apt-get install chromium'; \
 	  fi; }
 
 pins: venv
