@@ -1,0 +1,135 @@
+"""OpenAI's realtime transcription session, by the official client."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from openai import AsyncOpenAI
+from websockets.asyncio.client import connect
+
+from tests.contract.live_kit import JFK, RunningServer, folded, sound
+from tests.models import model_cache
+from whisper_worker.service import Service
+from whisper_worker.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    settings = Settings(model_cache=model_cache("tiny.en"), api_keys=("sk-live",))
+    service = Service(settings)
+    with RunningServer(service, settings) as running:
+        yield running
+    service.close()
+
+
+@pytest.fixture(scope="module")
+def speech() -> npt.NDArray[np.int16]:
+    """jfk.flac at 24 kHz, as a browser's microphone would give it, and a second of silence."""
+    at_16 = sound("jfk.flac").astype(np.float64)
+    spectrum = np.fft.rfft(at_16)
+    n = len(at_16) * 3 // 2
+    wide = np.zeros(n // 2 + 1, dtype=complex)
+    wide[: len(spectrum)] = spectrum
+    at_24 = np.fft.irfft(wide, n) * 1.5
+    return np.concatenate([np.clip(at_24, -32768, 32767).astype(np.int16), np.zeros(24000, dtype=np.int16)])
+
+
+def client(server: RunningServer) -> AsyncOpenAI:
+    address = f"127.0.0.1:{server.port}/v1"
+    return AsyncOpenAI(api_key="sk-live", base_url=f"http://{address}", websocket_base_url=f"ws://{address}")
+
+
+def session(**sound: Any) -> dict[str, Any]:
+    return {
+        "type": "transcription",
+        "audio": {"input": {"transcription": {"model": "whisper-1", "language": "en"}, **sound}},
+    }
+
+
+async def append(connection: Any, speech: npt.NDArray[np.int16]) -> None:
+    for at in range(0, len(speech), 4800):
+        piece = base64.b64encode(speech[at : at + 4800].tobytes()).decode()
+        await connection.input_audio_buffer.append(audio=piece)
+
+
+async def test_server_vad_makes_items_of_what_is_said(server: RunningServer, speech: npt.NDArray[np.int16]) -> None:
+    async with client(server) as openai, openai.realtime.connect(model="whisper-1") as connection:
+        assert (await connection.recv()).type == "session.created"
+        await connection.session.update(session=session())
+        updated = await connection.recv()
+        assert updated.type == "session.updated"
+        assert updated.session.audio.input.transcription.language == "en"
+        await append(connection, speech)
+        kinds: list[str] = []
+        deltas: dict[str, str] = {}
+        transcripts: dict[str, str] = {}
+        previous = None
+        while folded(" ".join(transcripts.values())) != JFK:
+            event = await connection.recv()
+            kinds.append(event.type)
+            if event.type == "conversation.item.input_audio_transcription.delta":
+                deltas[event.item_id] = deltas.get(event.item_id, "") + event.delta
+            elif event.type == "input_audio_buffer.committed":
+                assert event.previous_item_id == previous
+                previous = event.item_id
+            elif event.type == "conversation.item.input_audio_transcription.completed":
+                transcripts[event.item_id] = event.transcript
+                assert event.usage.type == "duration" and event.usage.seconds > 0
+    assert len(transcripts) > 1
+    assert {item: text.strip() for item, text in deltas.items()} == transcripts
+    one = ["speech_started", "speech_stopped", "committed"]
+    told = [kind.removeprefix("input_audio_buffer.") for kind in kinds if kind.startswith("input_audio_buffer.")]
+    assert told == one * len(transcripts)
+
+
+async def test_a_commit_ends_an_item_where_the_client_says_so(
+    server: RunningServer, speech: npt.NDArray[np.int16]
+) -> None:
+    async with client(server) as openai, openai.realtime.connect(model="whisper-1") as connection:
+        await connection.session.update(session=session(turn_detection=None))
+        transcripts = []
+        for part in (speech[: 24000 * 3], speech[24000 * 3 :]):
+            await append(connection, part)
+            await connection.input_audio_buffer.commit()
+            async for event in connection:
+                assert event.type != "input_audio_buffer.speech_started"
+                if event.type == "conversation.item.input_audio_transcription.completed":
+                    transcripts.append(event.transcript)
+                    break
+    assert folded(transcripts[0]) == "and so my fellow americans"
+    assert folded(" ".join(transcripts)) == JFK
+
+
+async def test_a_wrong_event_is_answered_and_changes_nothing(
+    server: RunningServer, speech: npt.NDArray[np.int16]
+) -> None:
+    headers = {"Authorization": "Bearer sk-live"}
+    async with connect(
+        f"ws://127.0.0.1:{server.port}/v1/realtime?intent=transcription", additional_headers=headers
+    ) as raw:
+        assert json.loads(await raw.recv())["type"] == "session.created"
+        wrong: list[str] = [
+            "nonsense",
+            json.dumps({"type": "response.create", "event_id": "mine"}),
+            json.dumps({"type": "input_audio_buffer.append", "audio": "!"}),
+            json.dumps({"type": "input_audio_buffer.commit"}),
+            json.dumps({"type": "session.update", "session": {"type": "realtime"}}),
+            json.dumps({"type": "session.update", "session": session(format={"type": "audio/pcmu"})}),
+        ]
+        for message in wrong:
+            await raw.send(message)
+            error = json.loads(await raw.recv())
+            assert error["type"] == "error"
+            assert error["error"]["type"] == "invalid_request_error" and error["error"]["message"]
+            assert (error["error"]["event_id"] == "mine") == ("mine" in message)
+        older = {"input_audio_format": "pcm16", "input_audio_transcription": {"language": "en"}, "turn_detection": None}
+        await raw.send(json.dumps({"type": "transcription_session.update", "session": older}))
+        updated = json.loads(await raw.recv())
+        assert updated["type"] == "transcription_session.updated"
+        assert updated["session"]["audio"]["input"]["turn_detection"] is None
