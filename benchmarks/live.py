@@ -1,0 +1,299 @@
+"""How far live text is behind the words, by recordings whose words have times, at the pace of speech.
+
+    python benchmarks/live.py --manifest FILE --model base
+    python benchmarks/live.py --manifest FILE --model tiny.en --clients 4
+    python benchmarks/live.py --manifest FILE --model base --peer PYTHON
+
+Each client joins recordings of the manifest (with half a second of silence between them) into
+a stream of ``--seconds`` and speaks WhisperLive's protocol. For every word that comes out right:
+
+- shown: from its end to the first message that has it in its place;
+- settled: to the first message that says that it will not change (``settled``, or completed);
+- completed: to the completed segment that holds it.
+
+``--peer`` is a Python that has whisper-live; its server gets the same weights (CTranslate2, int8)
+and the same clients. WER is of the completed text; the batch engine's own is beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import difflib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import wave
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from common import Bench, Entry, bench_from, normalize, parser, print_json, print_table, read_manifest, say, score
+from websockets.asyncio.client import connect
+
+from whisper_worker.audio.decode import decode
+from whisper_worker.settings import Settings
+from whisper_worker.types import SAMPLE_RATE
+
+FRAME = 4096
+_GAP_SECONDS = 0.5
+_READY_SECONDS = 180.0
+_REST_SECONDS = 120.0
+
+PEER_SERVER = """
+import sys
+from whisper_live.server import TranscriptionServer
+TranscriptionServer().run(
+    "127.0.0.1", port=int(sys.argv[1]), backend="faster_whisper", faster_whisper_custom_model_path=sys.argv[2],
+    single_model=True, max_clients=int(sys.argv[3]), max_connection_time=3600,
+)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """What one client says."""
+
+    waveform: npt.NDArray[np.int16]
+    words: tuple[tuple[str, float], ...]
+    """Each normalised word with the second at which it ends."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """One message as it came: when, the text's words, how many are settled and how many completed."""
+
+    at: float
+    words: tuple[str, ...]
+    n_settled: int
+    n_completed: int
+
+
+def speeches(entries: Sequence[Entry], n: int, seconds: float) -> list[Speech]:
+    """A stream for each of ``n`` clients, from different places of the manifest."""
+    made = []
+    for client in range(n):
+        first = client * len(entries) // n
+        parts: list[npt.NDArray[np.int16]] = []
+        words: list[tuple[str, float]] = []
+        texts = []
+        at = 0.0
+        for entry in [*entries[first:], *entries[:first]]:
+            waveform = decode(entry.path, Settings()).waveform
+            if parts and at + len(waveform) / SAMPLE_RATE > seconds:
+                break
+            known = entry.words or tuple(word for segment in entry.segments for word in segment.words)
+            words += [(part, at + word.end) for word in known for part in normalize(word.text, "en").split()]
+            texts.append(entry.text)
+            parts += [waveform, np.zeros(round(_GAP_SECONDS * SAMPLE_RATE), dtype=np.int16)]
+            at += len(waveform) / SAMPLE_RATE + _GAP_SECONDS
+        made.append(Speech(np.concatenate(parts), tuple(words), " ".join(texts)))
+    return made
+
+
+async def speak(port: int, speech: Speech, uid: str) -> tuple[list[Heard], str]:
+    """One client at the pace of speech; what it heard, and the completed text."""
+    heard: list[Heard] = []
+    completed: dict[str, str] = {}
+    async with connect(f"ws://127.0.0.1:{port}/", max_size=None, ping_timeout=None) as connection:
+        config = {"uid": uid, "language": "en", "task": "transcribe", "model": "base", "use_vad": True}
+        await connection.send(json.dumps({**config, "send_last_n_segments": 100}))
+        while json.loads(await asyncio.wait_for(connection.recv(), _READY_SECONDS)).get("message") != "SERVER_READY":
+            pass
+        begun = time.monotonic()
+
+        async def listen() -> None:
+            async for message in connection:
+                segments = json.loads(message).get("segments")
+                if not segments:
+                    continue
+                for segment in segments:
+                    if segment.get("completed"):
+                        completed[segment["start"]] = segment["text"]
+                last = segments[-1]
+                opened = "" if last.get("completed") else last["text"]
+                done = normalize(" ".join(completed.values()), "en").split()
+                settled = normalize(" ".join([*completed.values(), last.get("settled", "")]), "en").split()
+                words = normalize(" ".join([*completed.values(), opened]), "en").split()
+                heard.append(Heard(time.monotonic() - begun, tuple(words), len(settled), len(done)))
+
+        listening = asyncio.create_task(listen())
+        for at in range(0, len(speech.waveform), FRAME):
+            part = speech.waveform[at : at + FRAME]
+            # A frame can be sent once it is over.
+            await asyncio.sleep(max(0.0, begun + (at + len(part)) / SAMPLE_RATE - time.monotonic()))
+            await connection.send((part.astype(np.float32) / 32768).tobytes())
+        await connection.send(b"END_OF_AUDIO")
+        try:
+            await asyncio.wait_for(listening, _REST_SECONDS)
+        except asyncio.TimeoutError:
+            say(f"client {uid}: the server did not close")
+        except Exception as error:
+            say(f"client {uid}: {type(error).__name__}")
+    return heard, " ".join(completed.values())
+
+
+def delays(speech: Speech, heard: Sequence[Heard]) -> dict[str, list[float]]:
+    """Seconds from a word's end to its being shown, settled and completed, of the words that came out right."""
+    found: dict[str, list[float]] = {"shown": [], "settled": [], "completed": []}
+    if not heard:
+        return found
+    final = heard[-1].words
+    matcher = difflib.SequenceMatcher(None, [word for word, _ in speech.words], final, autojunk=False)
+    for true_at, heard_at, n in matcher.get_matching_blocks():
+        for offset in range(n):
+            end, place = speech.words[true_at + offset][1], heard_at + offset
+            firsts = {
+                "shown": (one.at for one in heard if one.words[place : place + 1] == final[place : place + 1]),
+                "settled": (one.at for one in heard if one.n_settled > place),
+                "completed": (one.at for one in heard if one.n_completed > place),
+            }
+            for name, times in firsts.items():
+                first = next(times, None)
+                if first is not None:
+                    found[name].append(first - end)
+    return found
+
+
+@contextmanager
+def our_server(bench: Bench, clients: int) -> Iterator[int]:
+    environment = {
+        **os.environ,
+        "WHISPER_MODEL": bench.model,
+        "WHISPER_THREADS": str(bench.threads),
+        "MAX_CLIENTS": str(clients),
+        "MAX_CONNECTION_TIME": "86400",
+    }
+    port, health = free_port(), free_port()
+    command = [sys.executable, "-m", "whisper_worker", "live", "--host", "127.0.0.1"]
+    with server([*command, "--port", str(port), "--health-port", str(health)], environment, port):
+        yield port
+
+
+@contextmanager
+def peer_server(bench: Bench, python: str, clients: int) -> Iterator[int]:
+    port = free_port()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(bench.threads), "HF_HUB_OFFLINE": "1"}
+    with server([python, "-c", PEER_SERVER, str(port), str(bench._ct2_dir()), str(clients)], environment, port):
+        yield port
+
+
+@contextmanager
+def server(command: Sequence[str], environment: dict[str, str], port: int) -> Iterator[None]:
+    process = subprocess.Popen(
+        command, env=environment, stderr=None if os.environ.get("BENCH_VERBOSE") else subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + _READY_SECONDS
+        while not listens(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit("The server did not start (BENCH_VERBOSE=1 shows what it said).")
+            time.sleep(0.1)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def measure(name: str, port: int, said: Sequence[Speech]) -> dict[str, Any]:
+    """All clients at once; the figures of the whole."""
+
+    async def all_clients() -> list[tuple[list[Heard], str]]:
+        return list(await asyncio.gather(*(speak(port, one, str(number)) for number, one in enumerate(said))))
+
+    answers = asyncio.run(all_clients())
+    total = sum(
+        (score(one.text, text, "en") for one, (_, text) in zip(said, answers, strict=True)), start=score("", "", "en")
+    )
+    result: dict[str, Any] = {"server": name, "clients": len(said), "wer": total.error_rate}
+    found: dict[str, list[float]] = {"shown": [], "settled": [], "completed": []}
+    for one, (heard, _) in zip(said, answers, strict=True):
+        for kind, values in delays(one, heard).items():
+            found[kind] += values
+    for kind, values in found.items():
+        for label, share in (("median", 50), ("p95", 95)):
+            result[f"{kind}_{label}"] = round(float(np.percentile(values, share)), 2) if values else None
+    return result
+
+
+def batch_wer(bench: Bench, said: Sequence[Speech], directory: Path) -> float:
+    """The batch engine on the very same streams."""
+    total = score("", "", "en")
+    with bench.start("ours") as engine:
+        engine.ready()
+        for number, one in enumerate(said):
+            path = directory / f"{number}.wav"
+            with wave.open(str(path), "wb") as file:
+                file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+                file.writeframes(one.waveform.tobytes())
+            total += score(one.text, str(engine.transcribe(path, "en")["text"]), "en")
+    return total.error_rate
+
+
+def main() -> None:
+    arguments = _arguments()
+    bench = bench_from(arguments)
+    entries = [
+        entry
+        for entry in read_manifest(arguments.manifest, arguments.audio_root, arguments.categories)
+        if entry.scored and entry.language == "en" and (entry.words or any(part.words for part in entry.segments))
+    ]
+    if not entries:
+        raise SystemExit("The manifest has no English recording with word times.")
+    said = speeches(entries, arguments.clients, arguments.seconds)
+    say(f"{arguments.clients} clients, {len(said[0].waveform) / SAMPLE_RATE:.0f} s each, at the pace of speech")
+    with our_server(bench, arguments.clients) as port:
+        results = [measure("ours", port, said)]
+    if arguments.peer:
+        with peer_server(bench, arguments.peer, arguments.clients) as port:
+            results.append(measure("whisper-live", port, said))
+    with tempfile.TemporaryDirectory() as directory:
+        batch = batch_wer(bench, said, Path(directory))
+    kinds = [f"{kind}_{label}" for kind in ("shown", "settled", "completed") for label in ("median", "p95")]
+    print_table(
+        ["server", "clients", *kinds, "WER", "batch WER"],
+        [[one["server"], one["clients"], *(one[kind] for kind in kinds), one["wer"], batch] for one in results],
+    )
+    print_json({"benchmark": "live", "model": bench.model, "batch_wer": batch, "results": results})
+
+
+def _arguments() -> argparse.Namespace:
+    made = parser(__doc__, peers=False)
+    made.add_argument("--manifest", type=Path, required=True, help="JSON lines; only entries with word times are used")
+    made.add_argument("--audio-root", type=Path, help="directory of the files; default: the manifest's")
+    made.add_argument("--categories", type=lambda value: value.split(","), default=[], help="only these")
+    made.add_argument("--clients", type=int, default=1, help="at a time")
+    made.add_argument("--seconds", type=float, default=120.0, help="of speech for each client")
+    made.add_argument("--peer", metavar="PYTHON", help="a Python that has whisper-live, to measure its server too")
+    made.add_argument("--ct2", type=Path, help="CTranslate2 directory of the same weights for the peer")
+    return made.parse_args()
+
+
+if __name__ == "__main__":
+    main()
