@@ -117,7 +117,7 @@ def _warnings(data: Mapping[str, Any], model: str, served_model: str) -> tuple[s
     ]
     ignored += [f"vad_parameters.{name}" for name in data.get("vad_parameters") or {} if name != "threshold"]
     warnings = []
-    if _short(model) != _short(served_model):
+    if model and _short(model) != _short(served_model):
         warnings.append(f"This server runs {served_model}; the model asked for was ignored.")
     if ignored:
         warnings.append(f"Ignored, since this server has no such thing: {', '.join(ignored)}.")
