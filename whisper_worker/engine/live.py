@@ -48,8 +48,9 @@ _CAP_SECONDS, _CAP_SEARCH_SECONDS = 18.0, 6.0
 
 _FIRST_SECONDS = 0.5
 """Speech heard before a window is decoded for the first time."""
-_INTERVAL_SECONDS = (0.35, 2.0)
-"""Least and greatest stretch of new sound between two decodes of a window; in between, what a decode took."""
+_INTERVAL_SECONDS = (0.35, 3.0)
+"""Least and greatest stretch of new sound between two decodes of a window; in between, twice what a decode
+took: on a busy machine half of the time is left for windows that are over."""
 _HOLD_SECONDS = 0.4
 """Sound that must follow a word before it may settle: at the edge the model guesses."""
 _LEAST_WORD_SECONDS, _WHOLE_WORD_SECONDS = 0.03, 0.15
@@ -265,7 +266,7 @@ class LiveSession:
         heard = self._spans[-1][1]
         new = heard - max(self._requested, self._spans[0][0])
         least, most = _INTERVAL_SECONDS
-        interval = min(max(least, self._turnaround), most) if self._requested > self._settled_to else _FIRST_SECONDS
+        interval = min(max(least, 2 * self._turnaround), most) if self._requested > self._settled_to else _FIRST_SECONDS
         if new < interval * SAMPLE_RATE:
             return None
         return self._window(self._stop, final=False)
