@@ -57,8 +57,10 @@ FROM packages AS model
 ARG MODEL=
 COPY --from=code /worker/ /opt/venv/
 COPY save_pipeline.py /
-COPY whisper_model_cache/ /whisper_model_cache/
-RUN if [ -n "$MODEL" ]; then python /save_pipeline.py --model "$MODEL" --output /whisper_model_cache; fi
+COPY whisper_model_cache/ /given/
+# Not saved over what was copied: a directory of a lower layer cannot be replaced in one step.
+RUN if [ -n "$MODEL" ]; then python /save_pipeline.py --model "$MODEL" --output /whisper_model_cache; \
+    else cp -R /given /whisper_model_cache; fi
 
 # What ships with the environment no longer installs anything.
 FROM packages AS environment

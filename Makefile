@@ -6,13 +6,14 @@ MODEL ?= tiny.en
 MANIFEST ?= tests/data/speech.jsonl
 
 .NOTPARALLEL:
-.PHONY: help run test check bench peers pins clean venv venv-test model ffmpeg browser
+.PHONY: help run test check bench peers pins image-test clean venv venv-test model ffmpeg browser
 
 help:
 	@echo 'make run      transcribe test_input.json with the RunPod worker'
 	@echo 'make test     install what the tests need, check the code, run all tests'
 	@echo 'make check    formatting, lint, types, import floors'
 	@echo 'make bench    word errors, times and cold start (MANIFEST=FILE MODEL=NAME)'
+	@echo 'make image-test   build the image with buildah, run it and the cluster manifests with podman (root)'
 	@echo 'make peers    install other Whisper implementations into .venv-peers to compare with'
 	@echo 'make pins     resolve constraints.txt again'
 	@echo 'make clean    remove environments and caches; the model cache stays'
@@ -66,6 +67,9 @@ browser: venv-test
 	  else \
 	    echo 'No Chromium on this system: tests of the web page are skipped. To run them: sudo apt-get install chromium'; \
 	  fi; }
+
+image-test: venv-test ffmpeg
+	$(VENV) -m pytest -q -rA tests/image/check_*.py
 
 pins: venv
 	$(VENV) -m pip install --quiet uv

@@ -1,0 +1,42 @@
+"""The images under test, each built once a run; what cannot be built fails, it is not skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.image import engine
+from tests.models import model_cache
+
+
+@pytest.fixture(scope="session")
+def context() -> Path:
+    engine.prepare()
+    return engine.make_context()
+
+
+@pytest.fixture(scope="session")
+def runpod(context: Path) -> str:
+    return engine.build("whisper-worker:runpod", "runpod")
+
+
+@pytest.fixture(scope="session")
+def serve(runpod: str) -> str:
+    return engine.build("whisper-worker:serve", "serve")
+
+
+@pytest.fixture(scope="session")
+def live(runpod: str) -> str:
+    return engine.build("whisper-worker:live", "live")
+
+
+@pytest.fixture(scope="session")
+def baked(runpod: str) -> str:
+    return engine.build("whisper-worker:baked", "runpod", MODEL="tiny.en")
+
+
+@pytest.fixture(scope="session")
+def mounted() -> list[str]:
+    """Options that mount a model where the image looks for one."""
+    return ["--volume", f"{model_cache('tiny.en')}:/whisper_model_cache:ro"]
