@@ -102,7 +102,7 @@ def create_app(service: Service, settings: Settings, jobs_dir: Path) -> FastAPI:
     ):
         app.include_router(routes)
     if WEB.is_dir():
-        app.mount("/static", StaticFiles(directory=WEB))
+        app.mount("/static", _Static(directory=WEB))
     for kind in (WhisperWorkerError, Refused, RequestValidationError, HTTPException, ClientDisconnect):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(Gate, door=door)
@@ -132,6 +132,19 @@ def _warm_up(door: Door) -> None:
         _log.info("Ready", extra={"fields": {"seconds": round(time.monotonic() - door.started, 1)}})
 
 
+# An update must not meet half of the page that was there before; and no other site may put it in a frame of its own.
+_PAGE_HEADERS = {"Cache-Control": "no-cache", "Content-Security-Policy": "frame-ancestors 'self'"}
+
+
+class _Static(StaticFiles):
+    """The page's files."""
+
+    def file_response(self, *arguments: Any, **options: Any) -> Response:
+        response = super().file_response(*arguments, **options)
+        response.headers.update(_PAGE_HEADERS)
+        return response
+
+
 def _pages(app: FastAPI) -> APIRouter:
     routes = APIRouter(include_in_schema=False)
 
@@ -139,7 +152,7 @@ def _pages(app: FastAPI) -> APIRouter:
     async def index() -> Response:
         if not (WEB / "index.html").is_file():
             raise Refused(404, "NOT_FOUND", "This installation has no page; /docs describes the service.")
-        return FileResponse(WEB / "index.html")
+        return FileResponse(WEB / "index.html", headers=_PAGE_HEADERS)
 
     @routes.get("/docs")
     async def docs() -> Response:

@@ -55,9 +55,12 @@ $("key-form").addEventListener("submit", async (event) => {
 
 /** Show an error, or none; a missing key is asked for. */
 function complain(error) {
-  $("error").hidden = !error;
-  $("error").textContent = error?.message ?? "";
-  if (error?.status !== 401) return;
+  const needsKey = error?.status === 401;
+  // The service's words on keys are for programs. Whoever has shown none yet did nothing wrong.
+  const message = needsKey ? ($("key").value && "The service does not take this key.") : error?.message;
+  $("error").hidden = !message;
+  $("error").textContent = message ?? "";
+  if (!needsKey) return;
   $("model").textContent = "";
   $("key-form").hidden = false;
   $("key").focus();

@@ -29,11 +29,14 @@ export class Transcript {
   #seek;
   #onChange;
   #current = null;
+  #markedWord = null;
+  #markedLine = null;
+  #due = 0;
   #query = null;
   #hits = [];
   #hit = -1;
 
-  /** `onSeek` hears the seconds to play from, `onChange` that lines have come, gone or changed. */
+  /** `onSeek` hears the seconds to play from, `onChange`, a moment later, that lines have come, gone or changed. */
   constructor(list, { onSeek, onChange }) {
     this.#list = list;
     this.#seek = onSeek;
@@ -58,7 +61,7 @@ export class Transcript {
 
   clear() {
     this.#lines = [];
-    this.#current = null;
+    this.#current = this.#markedWord = this.#markedLine = null;
     this.#list.replaceChildren();
     this.language = null;
     this.#changed();
@@ -80,7 +83,7 @@ export class Transcript {
     while (this.#lines.length > segments.length) this.#lines.pop().element.remove();
     segments.forEach((segment, index) => {
       const line = this.#lines[index];
-      if (!line) return this.add(segment);
+      if (!line) return void this.add(segment);
       if (JSON.stringify(line.original) === JSON.stringify(segment)) return;
       line.original = segment;
       if (line.segment.edited) return;
@@ -98,18 +101,16 @@ export class Transcript {
     const index = line?.segment.words?.findLastIndex((word) => word.start <= seconds) ?? -1;
     // In the pause behind a word nothing is spoken.
     const word = index >= 0 && seconds < line.segment.words[index].end ? line.words[index] : null;
-    const marked = this.#list.querySelector(".word.current");
-    if (marked !== word) {
-      marked?.classList.remove("current");
-      word?.classList.add("current");
-    }
-    const before = this.#list.querySelector(".line.current");
-    if (before === (line?.element ?? null)) return null;
-    before?.classList.remove("current");
-    before?.removeAttribute("aria-current");
-    line?.element.classList.add("current");
-    line?.element.setAttribute("aria-current", "true");
-    return line?.element ?? null;
+    this.#markedWord?.classList.remove("current");
+    word?.classList.add("current");
+    this.#markedWord = word;
+    const element = line?.element ?? null;
+    if (element === this.#markedLine) return null;
+    this.#markedLine?.classList.remove("current");
+    this.#markedLine?.removeAttribute("aria-current");
+    element?.classList.add("current");
+    element?.setAttribute("aria-current", "true");
+    return (this.#markedLine = element);
   }
 
   #at(seconds) {
@@ -280,8 +281,12 @@ export class Transcript {
   }
 
   #changed() {
-    if (this.#query) this.#find();
-    this.#onChange();
+    // Thousands of lines may come at once: they are counted once.
+    this.#due ||= setTimeout(() => {
+      this.#due = 0;
+      if (this.#query) this.#find();
+      this.#onChange();
+    }, 50);
   }
 
   /** Go to the next doubted line, from the first again behind the last; whether there is one. */

@@ -34,6 +34,7 @@ export class Waveform {
   #duration = 0;
   #position = 0;
   #due = false;
+  #layers = null;
 
   /** `onSeek` hears the seconds of a place that was clicked. */
   constructor(canvas, onSeek) {
@@ -63,51 +64,72 @@ export class Waveform {
 
   set position(value) {
     this.#position = value;
-    this.redraw();
+    this.#draw();
   }
 
   /** Also to be called when the colours have changed. */
   redraw() {
+    this.#layers = null;
+    this.#draw();
+  }
+
+  #draw() {
     if (this.#due) return;
     this.#due = true;
     requestAnimationFrame(() => {
       this.#due = false;
-      this.#draw();
+      const [width, height] = [this.#canvas.clientWidth, this.#canvas.clientHeight];
+      if (!width || !this.#duration) return;
+      this.#layers ??= this.#paint(width, height);
+      const { scale, colours, ahead, played } = this.#layers;
+      const context = this.#canvas.getContext("2d");
+      const at = Math.round((this.#position / this.#duration) * width * scale);
+      context.drawImage(ahead, 0, 0);
+      if (at > 0) context.drawImage(played, 0, 0, at, played.height, 0, 0, at, played.height);
+      context.fillStyle = colours.text;
+      context.fillRect(Math.min(ahead.width - 2 * scale, at), 0, 2 * scale, ahead.height);
     });
   }
 
-  #draw() {
-    const [width, height] = [this.#canvas.clientWidth, this.#canvas.clientHeight];
-    if (!width || !this.#duration) return;
+  /** Everything that stays while the player goes on, once with the bars ahead of it and once with those behind. */
+  #paint(width, height) {
     const scale = globalThis.devicePixelRatio;
-    if (this.#canvas.width !== Math.round(width * scale)) this.#canvas.width = Math.round(width * scale);
-    if (this.#canvas.height !== Math.round(height * scale)) this.#canvas.height = Math.round(height * scale);
-    const context = this.#canvas.getContext("2d");
+    [this.#canvas.width, this.#canvas.height] = [Math.round(width * scale), Math.round(height * scale)];
     const style = getComputedStyle(this.#canvas);
-    const colour = (name) => style.getPropertyValue(name);
-    const x = (seconds) => (seconds / this.#duration) * width;
-    context.setTransform(scale, 0, 0, scale, 0, 0);
-    context.clearRect(0, 0, width, height);
-    const bands = [colour("--band"), colour("--unsure"), colour("--doubted")];
+    const names = ["back", "band", "unsure", "doubted", "wave", "accent", "text"];
+    const colours = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`)]));
+    const layer = (barColour) => {
+      const canvas = new OffscreenCanvas(this.#canvas.width, this.#canvas.height);
+      const context = canvas.getContext("2d");
+      context.scale(scale, scale);
+      context.fillStyle = colours.back;
+      context.fillRect(0, 0, width, height);
+      this.#paintSpans(context, width, height, [colours.band, colours.unsure, colours.doubted]);
+      context.fillStyle = barColour;
+      if (this.#peaks) this.#paintPeaks(context, width, height);
+      return canvas;
+    };
+    return { scale, colours, ahead: layer(colours.wave), played: layer(colours.accent) };
+  }
+
+  #paintSpans(context, width, height, colours) {
     for (const { start, end, level } of this.#spans) {
-      context.fillStyle = bands[level];
+      const left = (start / this.#duration) * width;
+      context.fillStyle = colours[level];
       // A hair's breadth between two lines that touch.
-      context.fillRect(x(start), 0, Math.max(1, x(end) - x(start) - 1), height);
+      context.fillRect(left, 0, Math.max(1, ((end - start) / this.#duration) * width - 1), height);
     }
-    const played = x(this.#position);
-    if (this.#peaks) {
-      // Quiet recordings are shown as large as loud ones; silence is not blown up.
-      const loudest = Math.max(0.05, this.#peaks.reduce((a, b) => Math.max(a, b), 0));
-      for (let left = 0; left < width; left += 3) {
-        const from = Math.floor((left / width) * N_PEAKS);
-        const to = Math.max(from + 1, Math.floor(((left + 3) / width) * N_PEAKS));
-        const peak = this.#peaks.subarray(from, to).reduce((a, b) => Math.max(a, b), 0);
-        const size = Math.max(1, (peak / loudest) * (height - 8));
-        context.fillStyle = colour(left < played ? "--accent" : "--wave");
-        context.fillRect(left, (height - size) / 2, 2, size);
-      }
+  }
+
+  #paintPeaks(context, width, height) {
+    const largest = (values) => values.reduce((a, b) => Math.max(a, b), 0);
+    // Quiet recordings are shown as large as loud ones; silence is not blown up.
+    const loudest = Math.max(0.05, largest(this.#peaks));
+    for (let left = 0; left < width; left += 3) {
+      const from = Math.floor((left / width) * N_PEAKS);
+      const to = Math.max(from + 1, Math.floor(((left + 3) / width) * N_PEAKS));
+      const size = Math.max(1, (largest(this.#peaks.subarray(from, to)) / loudest) * (height - 8));
+      context.fillRect(left, (height - size) / 2, 2, size);
     }
-    context.fillStyle = colour("--text");
-    context.fillRect(Math.min(width - 2, played), 0, 2, height);
   }
 }
