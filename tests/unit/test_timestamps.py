@@ -96,7 +96,7 @@ def test_token_times_follow_the_attention() -> None:
         attention[:, row, centre - 8 : centre + 8] = 1.0
     times = token_times(attention / attention.sum(-1, keepdim=True))
     assert times.shape == (4,)
-    assert times[0] == 0.0
+    assert times[0] == 0.0, "nothing was said before that the attention could run ahead of"
     assert 0.5 < times[1] < 1.1
     assert 1.3 < times[2] < 1.9
     assert (np.diff(times) > 0).all()
@@ -107,6 +107,12 @@ def test_a_word_moves_into_its_sound() -> None:
     assert clip_word(2.5, 5.8, spans) == (5.0, 5.8)
     assert clip_word(1.5, 4.9, spans) == (1.5, 2.0)
     assert clip_word(3.0, 4.0, spans) == (3.0, 4.0)
+
+
+def test_a_word_on_both_sides_of_a_pause_is_said_after_it() -> None:
+    spans = [(0.0, 2.0), (2.4, 6.0)]
+    assert clip_word(1.7, 2.5, spans) == (2.4, 2.5)
+    assert clip_word(1.7, 2.43, spans) == (1.7, 2.0), "three hundredths of a second hold no word"
 
 
 def test_a_segment_keeps_all_of_its_speech() -> None:
