@@ -106,15 +106,13 @@ def finished(page: Page) -> list[str]:
 
 
 def lost_or_doubled(text: list[str], spoken: list[str]) -> list[str]:
-    """Words that one has and the other has not; a word heard as another one is neither."""
-    found = []
+    """What one has and the other has not; a word or two heard as others are neither."""
     matcher = difflib.SequenceMatcher(None, text, spoken, autojunk=False)
-    for kind, i, j, k, m in matcher.get_opcodes():
-        heard, said = "".join(text[i:j]), "".join(spoken[k:m])
-        alike = difflib.SequenceMatcher(None, heard, said, autojunk=False).ratio() >= 0.5
-        if kind != "equal" and not alike:
-            found.append(f"{heard}/{said}")
-    return found
+    return [
+        f"{' '.join(text[i:j])}/{' '.join(spoken[k:m])}"
+        for kind, i, j, k, m in matcher.get_opcodes()
+        if kind in ("insert", "delete") or abs((j - i) - (m - k)) > 1
+    ]
 
 
 def download(page: Page, form: str) -> str:

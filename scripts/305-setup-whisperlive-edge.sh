@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Set up the edge: Docker, Caddy's configuration, HTTPS on ports 80 and 443. Run it on the edge machine.
+#
+#   scripts/305-setup-whisperlive-edge.sh [--dry-run]
+#
+# Reads .env-http (made from the example the first time). Run it again after every change of .env-http: switching
+# from a GPU box to Salad is a new GPU_URL and this script.
+
+. "$(dirname -- "${BASH_SOURCE[0]}")/edge-common.sh"
+
+for argument in "$@"; do
+  case $argument in
+    --dry-run) DRY_RUN=yes ;;
+    -h | --help) usage && exit 0 ;;
+    *) die "Unknown argument $argument; there is --dry-run." ;;
+  esac
+done
+
+if [ ! -e "$CONFIG" ]; then
+  run install -m 600 "$EXAMPLE" "$CONFIG"
+  say "Made .env-http. Set EDGE_HOST and GPU_URL in it, then run this again."
+  exit 0
+fi
+load_config
+need EDGE_HOST GPU_URL
+
+if ! command -v docker >/dev/null || ! docker compose version >/dev/null 2>&1; then
+  say "Installing Docker"
+  need_program apt-get "this script knows Debian and Ubuntu; elsewhere install Docker with compose yourself"
+  as_root apt-get update -qq
+  # Ubuntu calls the second one docker-compose-v2, Docker's own repository docker-compose-plugin.
+  if apt-cache show docker-compose-v2 >/dev/null 2>&1; then plugin=docker-compose-v2; else plugin=docker-compose-plugin; fi
+  as_root apt-get install -y -qq docker.io "$plugin" curl python3
+fi
+
+say "Files into $EDGE_DIR"
+as_root mkdir -p "$EDGE_DIR/site" "${EDGE_CERTS:-$EDGE_DIR/certs}"
+as_root install -m 644 "$ROOT/deploy/edge/Caddyfile" "$ROOT/deploy/edge/docker-compose.yml" "$EDGE_DIR/"
+staged=$(mktemp)
+trap 'rm -f "$staged"' EXIT
+edge_environment >"$staged"
+as_root install -m 600 "$staged" "$EDGE_DIR/.env"
+"$ROOT/scripts/320-update-edge-clients.sh" ${DRY_RUN:+--dry-run} --no-check
+
+say "Checking the configuration, then starting Caddy"
+compose run --rm --no-deps -T caddy caddy validate --config /etc/caddy/Caddyfile
+# A changed environment makes a new container; pages reconnect by themselves. A changed file does not.
+compose up -d --wait
+compose exec -T caddy caddy reload --config /etc/caddy/Caddyfile
+say "The edge is up: https://$EDGE_HOST/  Next: 310 (a GPU box of your own), then 040, then 315."
