@@ -68,7 +68,7 @@ browser: venv-test
 	    echo 'No Chromium on this system: tests of the web page are skipped. To run them: sudo apt-get install chromium'; \
 	  fi; }
 
-image-test: venv-test ffmpeg
+image-test: venv-test
 	$(VENV) -m pytest -q -rA tests/image/check_*.py
 
 pins: venv

@@ -8,14 +8,14 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.image import engine
-from tests.image.engine import container, podman, run, running
+from tests.image.engine import container, run, running
+from tests.image.waiting import logs, ready, stop, until, within
 
 MAX_BYTES = 1_200_000_000
 """Of the image for CPUs without a model."""
@@ -36,34 +36,11 @@ def words_of(text: str) -> str:
     return re.sub(r"[^a-z ]", "", text.lower())
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
-
-
-def within(name: str, *command: str, stdin: str | None = None) -> engine.Ran:
-    return run(engine.within(name, *command), stdin=stdin or "", seconds=120)
-
-
 def healthy(image: str, name: str) -> bool:
     """What the image's own HEALTHCHECK says, run by hand: there may be no service manager to time it."""
     form, *command = engine.inspect(image)["Healthcheck"]["Test"]
     assert form == "CMD", "a shell would outlive its curl"
     return within(name, *command).code == 0
-
-
-def logs(name: str) -> str:
-    return podman("logs", name).both
-
-
-def stop(name: str, seconds: int) -> tuple[int, float]:
-    """SIGTERM, and SIGKILL after ``seconds``; exit status and how long it took."""
-    begun = time.monotonic()
-    assert podman("stop", "--time", str(seconds), name).code == 0
-    took = time.monotonic() - begun
-    return int(podman("inspect", "--format", "{{.State.ExitCode}}", name).out), took
 
 
 def test_size_and_layers(runpod: str) -> None:
@@ -149,7 +126,7 @@ def test_the_service(serve: str, mounted: list[str]) -> None:
     with running(serve, options=options) as name:
         until(lambda: healthy(serve, name), "healthy", 30)
         url = "http://localhost:5000"
-        until(lambda: within(name, "curl", "-fsS", f"{url}/ready").code == 0, "ready")
+        until(lambda: ready(name, url), "ready")
         page = within(name, "curl", "-fsS", f"{url}/").out
         assert "<html" in page.lower()
         for path in re.findall(r'(?:src|href)="([^":?#]+\.(?:js|css|svg))"', page):
@@ -195,7 +172,7 @@ def test_the_live_service(live: str, mounted: list[str]) -> None:
     options = [*HARDENED, *mounted, "--volume", f"{SPEECH}:/calls:ro", "-e", "HEALTH_CHECK_PORT=9998"]
     with running(live, options=options) as name:
         until(lambda: healthy(live, name), "healthy", 30)
-        until(lambda: within(name, "curl", "-fsS", "http://localhost:9998/ready").code == 0, "ready")
+        until(lambda: ready(name, "http://localhost:9998"), "ready")
         told = within(name, "python", "-", stdin=_LIVE_CLIENT)
         assert PRINTING in told.out.lower(), told.both
         status, took = stop(name, 20)
