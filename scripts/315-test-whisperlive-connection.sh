@@ -67,7 +67,7 @@ page() {
 }
 
 speak() {
-  WHISPER_API_KEY=${WHISPER_API_KEYS%%,*} python3 "$client" "$1" --insecure --quiet --speed 2 \
+  WHISPER_API_KEY=${WHISPER_API_KEYS%%,*} python3 "$client" "$1" --insecure --quiet --speed 4 \
     --audio "$audio" ${expect:+--expect "$expect"}
 }
 

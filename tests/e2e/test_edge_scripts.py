@@ -1,0 +1,279 @@
+"""The numbered scripts and the debugging client: against real services on loopback, and as --dry-run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+
+from tests.e2e.edge_kit import EDGE, ROOT, Caddy, LiveService, free_ports, running, write_wav
+
+SCRIPTS = ROOT / "scripts"
+NUMBERED = sorted(SCRIPTS.glob("[0-9]*.sh"))
+CLIENT = EDGE / "test_client.py"
+
+
+def script(number: str, *arguments: str, config: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the script of that number with that .env-http."""
+    (path,) = SCRIPTS.glob(f"{number}-*.sh")
+    plain = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        ["bash", str(path), *arguments],
+        env={**plain, "EDGE_CONFIG": str(config), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd="/",
+    )
+
+
+def write_config(path: Path, **settings: str) -> Path:
+    path.write_text("".join(f"{name}={value}\n" for name, value in settings.items()), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveService]:
+    with running(LiveService(tmp_path_factory.mktemp("live"), WHISPER_API_KEYS="a-key")) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def caddy(live: LiveService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caddy]:
+    with running(Caddy(tmp_path_factory.mktemp("caddy"), live.url, live.health_url)) as process:
+        yield process
+
+
+# -- written well --------------------------------------------------------------------------
+
+
+def test_shellcheck() -> None:
+    program = shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("NO SHELLCHECK, the shell scripts are unread: install it (apt-get install shellcheck)")
+    files = [*SCRIPTS.glob("*.sh"), *EDGE.glob("*.sh"), *(ROOT / "deploy" / "salad").glob("*.sh")]
+    done = subprocess.run([program, "-x", "-P", str(SCRIPTS), *map(str, files)], capture_output=True, text=True)
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.name[:3])
+def test_help_and_dry_run(path: Path, tmp_path: Path) -> None:
+    """Says what it is for; changes nothing and asks nobody when it is only tried."""
+    number = path.name[:3]
+    config = tmp_path / ".env-http"
+    shutil.copy(EDGE / "env-http.example", config)
+    told = script(number, "--help", config=config)
+    assert told.returncode == 0 and len(told.stdout.splitlines()) > 3
+    if number == "300":
+        assert all(other.name in told.stdout for other in NUMBERED)
+        return
+    # Only the tools that read; whatever a script would change it would have to find first.
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "aws").write_text('#!/bin/sh\ncase "$*" in *Name*) echo stopped;; *) echo None;; esac\n')
+    for forbidden in ("ssh", "docker", "sudo", "apt-get", "install", "mv", "rm"):
+        (tools / forbidden).write_text(f'#!/bin/sh\necho "{forbidden} was called" >&2\nexit 99\n')
+    (tools / "docker").write_text(
+        '#!/bin/sh\n[ "$*" = "compose version" ] || { echo "docker was called" >&2; exit 99; }\n'
+    )
+    (tools / "rm").write_text('#!/bin/sh\ncase "$*" in "-f /tmp/"*) ;; *) echo "rm was called" >&2; exit 99;; esac\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    before = config.read_bytes()
+    done = script(
+        number,
+        "--dry-run",
+        config=config,
+        PATH=f"{tools}:{os.environ['PATH']}",
+        EDGE_DIR=str(tmp_path / "edge"),
+        GPU_INSTANCE_ID="i-0",
+        GPU_SECURITY_GROUP="sg-0",
+        EDGE_IP="192.0.2.1",
+        GPU_HEALTH_URL="http://127.0.0.1:1",
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "was called" not in said
+    assert config.read_bytes() == before and not (tmp_path / "edge").exists()
+    assert "would " in said or number == "210"
+
+
+def test_configuration_is_data(tmp_path: Path) -> None:
+    """Nothing in .env-http is executed, a wrong line is named, and not what it holds."""
+    config = tmp_path / ".env-http"
+    config.write_text(f"EDGE_HOST=$(touch {tmp_path}/harm)`touch {tmp_path}/harm`\nGPU_URL=http://127.0.0.1:9\n")
+    script("315", "--dry-run", config=config)
+    assert not (tmp_path / "harm").exists()
+    config.write_text("EDGE_HOST=a\nWHISPER API_KEYS=secret\n")
+    done = script("315", config=config)
+    assert done.returncode == 1 and "NAME=VALUE" in done.stderr and "secret" not in done.stderr
+    done = script("315", config=write_config(config, EDGE_HOST="a", GPU_URL="127.0.0.1:9090"))
+    assert "GPU_URL must be" in done.stderr
+    done = script("315", config=tmp_path / "none")
+    assert done.returncode == 1 and "env-http.example" in done.stderr
+
+
+# -- 315: all hops, and each of them broken ------------------------------------------------
+
+
+def config_for(path: Path, caddy: Caddy, live: LiveService, **changes: str) -> Path:
+    settings = {
+        "EDGE_HOST": "127.0.0.1",
+        "EDGE_HTTPS_PORT": str(caddy.port),
+        "GPU_URL": live.url,
+        "GPU_HEALTH_URL": live.health_url,
+        "WHISPER_API_KEYS": "a-key",
+    }
+    return write_config(path, **{**settings, **changes})
+
+
+def test_every_hop_works(caddy: Caddy, live: LiveService, tmp_path: Path) -> None:
+    done = script("315", config=config_for(tmp_path / ".env-http", caddy, live))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall("^ok ", done.stdout, re.MULTILINE)) == 7 and "fellow Americans" in done.stdout
+    assert "All hops work" in done.stdout and "a-key" not in done.stdout + done.stderr
+
+
+class _Page(BaseHTTPRequestHandler):
+    """A health port whose service never gets ready."""
+
+    def do_GET(self) -> None:
+        status = 200 if self.path == "/health" else 503
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(b"healthy" if status == 200 else b"not_ready")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def loading() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Page)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_the_broken_hop_is_named(caddy: Caddy, live: LiveService, loading: str, tmp_path: Path) -> None:
+    nobody, other = free_ports(2)
+    config = tmp_path / ".env-http"
+
+    def broken(**changes: str) -> str:
+        done = script("315", config=config_for(config, caddy, live, **changes))
+        assert done.returncode == 1, done.stdout + done.stderr
+        return done.stdout.splitlines()[-1]
+
+    assert broken(GPU_URL=f"http://127.0.0.1:{nobody}").startswith("BROKEN HOP: 1 edge -> GPU box, port. Is the box")
+    assert broken(GPU_HEALTH_URL=f"http://127.0.0.1:{nobody}").startswith("BROKEN HOP: 2 ")
+    assert broken(GPU_HEALTH_URL=loading).startswith("BROKEN HOP: 3 ")
+    # The health page's port answers, but not to WebSockets.
+    assert broken(GPU_URL=live.health_url).startswith("BROKEN HOP: 4 ")
+    assert broken(WHISPER_API_KEYS="wrong").startswith("BROKEN HOP: 4 ")
+    assert broken(EDGE_HTTPS_PORT=str(nobody)).startswith("BROKEN HOP: 5 ")
+    with running(Caddy(tmp_path, live.url, f"http://127.0.0.1:{nobody}")) as astray:
+        assert broken(EDGE_HTTPS_PORT=str(astray.port)).startswith("BROKEN HOP: 6 ")
+        assert "Americans" not in astray.output() and "a-key" not in astray.output()
+    (tmp_path / "2").mkdir()
+    with running(Caddy(tmp_path / "2", f"http://127.0.0.1:{other}", live.health_url)) as astray:
+        assert broken(EDGE_HTTPS_PORT=str(astray.port)).startswith("BROKEN HOP: 7 ")
+        assert "a-key" not in astray.output()
+
+
+# -- the debugging client ------------------------------------------------------------------
+
+
+def client(*arguments: object, key: str = "a-key") -> subprocess.CompletedProcess[str]:
+    """Isolated: the standard library must do."""
+    return subprocess.run(
+        ["python3", "-I", str(CLIENT), *map(str, arguments)],
+        env={"PATH": os.environ["PATH"], "WHISPER_API_KEY": key},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+
+
+def test_the_client_says_what_is_wrong(caddy: Caddy, live: LiveService, tmp_path: Path) -> None:
+    edge, gpu = caddy.url.replace("http", "ws") + "/ws", live.url.replace("http", "ws")
+    (nobody,) = free_ports(1)
+    done = client(edge, "--ca", caddy.ca, "--speed", 2, "--expect", "fellow americans")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^ *\d+\.\d\d partial .* s behind\)", done.stdout, re.MULTILINE)
+    assert "fellow americans" in done.stdout.splitlines()[-1].lower()
+    silence = write_wav(tmp_path / "silence.wav", np.zeros(16000, dtype=np.int16))
+    other_rate = write_wav(tmp_path / "other.wav", np.zeros(8000, dtype=np.int16), 8000)
+    cases = [
+        (2, (gpu, "--audio", other_rate)),
+        (2, (gpu, "--audio", tmp_path / "none.wav")),
+        (2, (live.url,)),
+        (3, (f"ws://127.0.0.1:{nobody}",)),
+        (4, (edge,)),
+        (4, (gpu.replace("ws:", "wss:"), "--insecure")),
+        (5, (live.health_url.replace("http", "ws"),)),
+        (6, (gpu, "--language", "xx")),
+        (7, (gpu, "--audio", silence, "--speed", 4)),
+        (7, (gpu, "--speed", 4, "--expect", "something else")),
+    ]
+    for status, arguments in cases:
+        done = client(*arguments)
+        assert (done.returncode, done.stderr.count("Traceback")) == (status, 0), (arguments, done.stderr)
+        assert f"exit status {status}" in done.stderr or "usage:" in done.stderr
+    done = client(gpu, key="wrong")
+    assert done.returncode == 5 and "a key is wanted" in done.stderr
+
+
+# -- 305, 320, 310: what lies on the machines afterwards -----------------------------------
+
+
+def test_pages_are_brought_up_to_date(live: LiveService, tmp_path: Path) -> None:
+    """What is old is replaced, what is foreign is removed, what is current is not touched; Caddy serves it at once."""
+    edge = tmp_path / "edge"
+    site = edge / "site"
+    site.mkdir(parents=True)
+    (site / "main.js").write_text("old")
+    (site / "gone.js").write_text("old")
+    process = Caddy(tmp_path, live.url, live.health_url)
+    process.environment = {**process.environment, "EDGE_SITE": str(site)}
+    config = tmp_path / ".env-http"
+    settings = {"EDGE_HOST": "127.0.0.1", "EDGE_DIR": str(edge)}
+    (site / "index.html").write_text("old")
+    with running(process):
+        write_config(config, **settings, EDGE_HTTPS_PORT=str(process.port))
+        done = script("320", config=config)
+        assert done.returncode == 0 and "serves this version" in done.stdout, done.stdout + done.stderr
+        names = {path.name for path in (EDGE / "site").iterdir()}
+        assert {path.name for path in site.iterdir()} == names
+        assert all((site / name).read_bytes() == (EDGE / "site" / name).read_bytes() for name in names)
+        assert done.stdout.count("==> ") == len(names) + 2
+        assert script("320", config=config).stdout.splitlines() == ["==> The edge serves this version."]
+        process.end(signal.SIGTERM)
+        done = script("320", config=config)
+        assert done.returncode == 1 and "run 305" in done.stderr
+
+
+def test_the_unit_is_understood_and_hardened() -> None:
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("NO SYSTEMD-ANALYZE, the unit is unread: install systemd")
+    unit = EDGE / "whisperlive.service"
+    done = subprocess.run([program, "verify", str(unit)], capture_output=True, text=True, timeout=60)
+    # It answers 0 whatever it finds. The program is not installed here, and nothing else may be wrong.
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "whisper-worker is not executable" not in line]
+    assert said == []
+    security = [program, "security", "--offline=yes", "--no-pager", str(unit)]
+    done = subprocess.run(security, capture_output=True, text=True, timeout=60)
+    exposure = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
+    assert exposure is not None and float(exposure[1]) <= 2.0, done.stdout[-500:]
