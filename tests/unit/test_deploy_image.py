@@ -119,3 +119,37 @@ def test_the_job_gives_up_on_statuses_that_trying_again_does_not_change() -> Non
 
     final = sorted({2, *EXIT_STATUS.values()} - {4, 130})
     assert [rule["onExitCodes"]["values"] for rule in rules if rule["action"] == "FailJob"] == [final]
+
+
+def read_json(name: str) -> dict[str, Any]:
+    return dict(json.loads((ROOT / ".runpod" / name).read_text(encoding="utf-8")))
+
+
+def test_what_the_platforms_hub_offers_are_settings_with_their_own_defaults() -> None:
+    from whisper_worker.settings import Settings
+
+    config = read_json("hub.json")["config"]
+    offered = {entry["key"]: entry["input"] for entry in config["env"]}
+    defaults = {key: str(entry["default"]).lower() for key, entry in offered.items()}
+    assert Settings.from_env(defaults) == Settings()
+    for key, entry in offered.items():
+        for value in (entry.get("min"), entry.get("max"), *(option["value"] for option in entry.get("options", []))):
+            if value is not None:
+                Settings.from_env({key: str(value)})
+    for preset in config["presets"]:
+        assert preset["defaults"].keys() <= offered.keys()
+
+
+def test_the_batch_sizes_of_the_hub_are_those_of_the_readme() -> None:
+    table = re.findall(r"^\| (\d+ GB) \| (\d+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    presets = read_json("hub.json")["config"]["presets"]
+    assert [(p["name"].partition(" (")[0], str(p["defaults"]["MODEL_BATCH_SIZE"])) for p in presets] == table
+
+
+def test_what_the_hub_sends_is_a_request_that_we_take() -> None:
+    from whisper_worker.doors.runpod_dialects import Order, read_request
+    from whisper_worker.settings import Settings
+
+    for test in read_json("tests.json")["tests"]:
+        (order,) = read_request(test["input"], Settings(strict=True), lambda: "none").orders
+        assert isinstance(order, Order), order
