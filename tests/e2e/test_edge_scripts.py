@@ -15,7 +15,7 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from tests.e2e.edge_kit import EDGE, ROOT, Caddy, LiveService, free_ports, running, write_wav
+from tests.e2e.edge_kit import EDGE, ROOT, Caddy, LiveService, free_ports, get, running, write_wav
 
 SCRIPTS = ROOT / "scripts"
 NUMBERED = sorted(SCRIPTS.glob("[0-9]*.sh"))
@@ -190,6 +190,13 @@ def test_the_broken_hop_is_named(caddy: Caddy, live: LiveService, loading: str, 
     with running(Caddy(tmp_path / "2", f"http://127.0.0.1:{other}", live.health_url)) as astray:
         assert broken(EDGE_HTTPS_PORT=str(astray.port)).startswith("BROKEN HOP: 7 ")
         assert "a-key" not in astray.output()
+
+
+def test_a_gateway_with_one_port(caddy: Caddy, live: LiveService, tmp_path: Path) -> None:
+    """As Salad's: what is behind Caddy is behind TLS itself, chosen by name, and its health is on the same port."""
+    assert get(f"{live.url}/health")[0] == get(f"{live.url}/ready")[0] == 200
+    done = script("315", config=config_for(tmp_path / ".env-http", caddy, live, GPU_HEALTH_URL=live.url))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -- the debugging client ------------------------------------------------------------------

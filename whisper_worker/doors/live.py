@@ -29,7 +29,7 @@ from websockets.exceptions import ConnectionClosed
 
 from whisper_worker import log
 from whisper_worker.doors import live_whisperlive as protocol
-from whisper_worker.doors.live_health import HealthServer, Vitals
+from whisper_worker.doors.live_health import HealthServer, Pages, Vitals
 from whisper_worker.doors.live_realtime import Conversation
 from whisper_worker.doors.live_recording import Recording
 from whisper_worker.doors.live_session import Stream
@@ -62,6 +62,7 @@ CLOSE_CODES = {
 """Error code to the status with which its client's connection is closed, after it was told in words."""
 
 REALTIME_PATH = "/v1/realtime"
+_PROBES = ("/health", "/ready")
 
 _CONFIG_SECONDS = 10.0
 """For the first message of a client; until then it holds its seat for nothing."""
@@ -84,6 +85,7 @@ class LiveServer:
     def __init__(self, service: Service, settings: Settings, vitals: Vitals) -> None:
         self.settings = settings
         self.vitals = vitals
+        self._pages = Pages(vitals)
         self._service = service
         self._seats: dict[ServerConnection, float] = {}
         self._standing = 0
@@ -126,7 +128,16 @@ class LiveServer:
     # -- the door --------------------------------------------------------------------------
 
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Refuse before the handshake whoever lacks the key, or would not even be told to wait."""
+        """Refuse before the handshake whoever lacks the key, or would not even be told to wait.
+
+        Probes are answered here as well: gateways that expose one port alone can ask no other.
+        """
+        if request.path in _PROBES and (page := self._pages.get(request.path)) is not None:
+            status, kind, body = page
+            response = connection.respond(http.HTTPStatus(status), body)
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = kind
+            return response
         if not self._has_key(request):
             response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "This service wants a key.\n")
             response.headers["WWW-Authenticate"] = "Bearer"

@@ -58,7 +58,7 @@ class HealthServer:
         """Port 0 takes any free one. Raises ``OSError`` where the port is taken."""
 
         class Handler(_Handler):
-            pages = _Pages(vitals)
+            pages = Pages(vitals)
 
         self._server = _Server((host, port), Handler)
         self.port: int = self._server.server_address[1]
@@ -78,7 +78,9 @@ class _Server(ThreadingHTTPServer):
         """Whoever asked has left; the default prints their address."""
 
 
-class _Pages:
+class Pages:
+    """The pages by path, for whichever port they are asked on."""
+
     def __init__(self, vitals: Vitals) -> None:
         self._vitals = vitals
         self._lock = threading.Lock()
@@ -175,7 +177,7 @@ def _json(status: int, page: Mapping[str, object]) -> tuple[int, str, str]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    pages: _Pages
+    pages: Pages
     timeout = 10
     protocol_version = "HTTP/1.1"
     server_version = "live"
