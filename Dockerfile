@@ -1,19 +1,20 @@
 # One file for every image: GPU (the default) or CPU, with the model baked in or mounted, one target for each door.
 #
-#   docker build -t whisper-worker .                                      the RunPod worker, CUDA build of torch
-#   docker build -t whisper-worker:cpu --build-arg TORCH=cpu .            the same for machines without a GPU
-#   docker build -t whisper-worker:base --build-arg MODEL=base .          with a model from the hub
-#   docker build -t whisper-worker:serve --target serve .                 the HTTP service; --target live: live service
+#   docker build -t whisper-worker .                  the RunPod worker for GPUs (torch's default CUDA build)
+#     --target serve | live                           the HTTP service, the live service
+#     --build-arg TORCH=cpu                           for machines without a GPU; cu126, say, for older drivers
+#     --build-arg MODEL=base                          another model from the hub; "none": one will be mounted
 #
-# A filled whisper_model_cache/ in the build context is baked in as it is. docs/image.md has sizes and times.
+# Without MODEL, what whisper_model_cache/ in the build context holds is baked in, else the default model from the hub.
+# docs/image.md has sizes and times.
 
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 # The environment: everything from requirements.txt, less what no door runs.
 FROM ${BASE_IMAGE} AS packages
 ARG TORCH=cuda
-ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-ARG UNCOMPILED="/(transformers/models|sympy|networkx|mpmath|pygments|torch/(_inductor|testing/_internal|onnx)|pip|setuptools)/"
+ARG TORCH_INDEX=https://download.pytorch.org/whl
+ARG UNCOMPILED="/(transformers/models|sympy|networkx|mpmath|pygments|torch/(_inductor|testing/_internal|onnx)|pip)/"
 SHELL ["/bin/sh", "-euc"]
 WORKDIR /build
 # hadolint ignore=DL3008
@@ -24,16 +25,16 @@ COPY requirements.txt constraints.txt ./
 # torch alone and first, so that no other package chooses its build. pip's own sources may have the CPU build already.
 RUN --mount=type=cache,target=/root/.cache/pip \
     version=$(sed -n 's/^torch==//p' constraints.txt); \
-    case "$TORCH" in \
-      cuda) pip install --no-compile -c constraints.txt "torch==$version" ;; \
-      cpu) pip install --no-compile -c constraints.txt --no-deps "torch==$version+cpu" \
-        || pip install --no-compile -c constraints.txt --no-deps --index-url "$TORCH_CPU_INDEX" "torch==$version+cpu" ;; \
-      *) echo "TORCH must be cuda or cpu" >&2; exit 1 ;; \
-    esac; \
-    pip install --no-compile -c constraints.txt -r requirements.txt setuptools
+    install="pip install --no-compile -c constraints.txt"; \
+    if [ "$TORCH" = cuda ]; then $install --no-deps "torch==$version,!=$version+cpu"; \
+    else $install --no-deps "torch==$version+$TORCH" \
+      || $install --no-deps --index-url "$TORCH_INDEX/$TORCH" "torch==$version+$TORCH"; \
+    fi; \
+    $install -r requirements.txt setuptools
 # Headers, C++ tests and tools of torch, the packages' own tests, and the descriptions of AWS services other than
-# storage are not used at run time, and torch's symbol tables are for debuggers; the licences stay. Bytecode is written here because nobody may write it later:
-# for what the doors import, not for the thousands of modules that they do not.
+# storage are not used at run time, and torch's symbol tables are for debuggers; the licences stay. Bytecode is
+# written here because nobody may write it later: for what the doors import, not for the thousands of modules
+# that they do not.
 # (The path holds the interpreter's version, so that WORKDIR cannot name it.)
 # hadolint ignore=DL3003
 RUN cd /opt/venv/lib/python3*/site-packages || exit; \
@@ -52,15 +53,18 @@ COPY whisper_worker/ whisper_worker/
 RUN pip install --no-deps --no-build-isolation --no-cache-dir --no-compile --prefix /worker . \
     && python -m compileall -q /worker
 
-# The model: what the context holds, or what the hub has.
+# The model. It is not saved over what was copied: a directory of a lower layer cannot be replaced in one step.
 FROM packages AS model
-ARG MODEL=
+ARG MODEL=auto
 COPY --from=code /worker/ /opt/venv/
 COPY save_pipeline.py /
 COPY whisper_model_cache/ /given/
-# Not saved over what was copied: a directory of a lower layer cannot be replaced in one step.
-RUN if [ -n "$MODEL" ]; then python /save_pipeline.py --model "$MODEL" --output /whisper_model_cache; \
-    else cp -R /given /whisper_model_cache; fi
+RUN save="python /save_pipeline.py --output /whisper_model_cache"; \
+    case "$MODEL" in \
+      none) mkdir /whisper_model_cache ;; \
+      auto) if [ -e /given/model/config.json ]; then cp -R /given /whisper_model_cache; else $save; fi ;; \
+      *) $save --model "$MODEL" ;; \
+    esac
 
 # What ships with the environment no longer installs anything.
 FROM packages AS environment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,15 @@ def live(runpod: str) -> str:
     return engine.build("whisper-worker:live", "live")
 
 
-@pytest.fixture(scope="session")
-def baked(runpod: str) -> str:
-    return engine.build("whisper-worker:baked", "runpod", MODEL="tiny.en")
+@pytest.fixture(scope="session", params=["argument", "context"])
+def baked(runpod: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """With a model inside: one that the build fetched, and one that lay in the build context."""
+    if request.param == "argument":
+        return engine.build("whisper-worker:baked", "runpod", MODEL="tiny.en")
+    context = tmp_path_factory.mktemp("context") / "context"
+    shutil.copytree(engine.CONTEXT, context)
+    shutil.copytree(model_cache("tiny.en"), context / "whisper_model_cache", dirs_exist_ok=True)
+    return engine.build("whisper-worker:baked-from-context", "runpod", context, MODEL="auto")
 
 
 @pytest.fixture(scope="session")

@@ -173,14 +173,14 @@ def pip_mounts() -> list[str]:
     return [word for mount in (*mounts, f"{conf}:/etc/pip.conf:ro") for word in ("--volume", mount)]
 
 
-def build(tag: str, target: str, **arguments: str) -> str:
-    """Build one target for CPUs from the context; gives the image's full name."""
+def build(tag: str, target: str, context: Path = CONTEXT, **arguments: str) -> str:
+    """Build one target for CPUs, without a model unless told so; gives the image's full name."""
     name = f"localhost/{tag}"
-    given = {"BASE_IMAGE": BASE, "TORCH": "cpu", "REVISION": "image-test", **arguments}
+    given = {"BASE_IMAGE": BASE, "TORCH": "cpu", "MODEL": "none", "REVISION": "image-test", **arguments}
     command = buildah(
         "bud", "--format", "docker", "--isolation", "chroot", "--network", "host", "--pull-never", "--layers",
         *(word for key, value in given.items() for word in ("--build-arg", f"{key}={value}")),
-        *pip_mounts(), "--target", target, "--tag", name, str(CONTEXT),
+        *pip_mounts(), "--target", target, "--tag", name, str(context),
     )  # fmt: skip
     must(["nice", *command], seconds=3000)
     return name
