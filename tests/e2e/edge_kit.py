@@ -115,14 +115,14 @@ class LiveService(Process):
 class Caddy(Process):
     """The Caddyfile as it is, on high ports and with an authority of its own."""
 
-    def __init__(self, directory: Path, gpu_url: str, health_url: str) -> None:
+    def __init__(self, directory: Path, gpu_url: str, health_url: str, host: str = "127.0.0.1") -> None:
         program = shutil.which("caddy")
         if program is None:
             pytest.skip("NO CADDY, the edge is untested: install it (apt-get install caddy)")
         self.port, http_port, self.admin_port = free_ports(3)
         self.ca = directory / "data" / "caddy" / "pki" / "authorities" / "local" / "root.crt"
         environment = {
-            "EDGE_HOST": "127.0.0.1",
+            "EDGE_HOST": host,
             "EDGE_ADMIN": f"127.0.0.1:{self.admin_port}",
             "EDGE_HTTP_PORT": str(http_port),
             "EDGE_HTTPS_PORT": str(self.port),
@@ -137,7 +137,7 @@ class Caddy(Process):
 
     @property
     def url(self) -> str:
-        return f"https://127.0.0.1:{self.port}"
+        return f"https://{self.environment['EDGE_HOST']}:{self.port}"
 
     def wait(self) -> None:
         until(lambda: self.ca.exists() and get(f"{self.url}/", self.ca)[0] == 200)

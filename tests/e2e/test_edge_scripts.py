@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -16,13 +20,16 @@ import numpy as np
 import pytest
 
 from tests.e2e.edge_kit import EDGE, ROOT, Caddy, LiveService, free_ports, get, running, write_wav
+from whisper_worker.settings import Settings
 
 SCRIPTS = ROOT / "scripts"
 NUMBERED = sorted(SCRIPTS.glob("[0-9]*.sh"))
 CLIENT = EDGE / "test_client.py"
 
 
-def script(number: str, *arguments: str, config: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def script(
+    number: str, *arguments: str, config: Path, timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run the script of that number with that .env-http."""
     (path,) = SCRIPTS.glob(f"{number}-*.sh")
     plain = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
@@ -31,7 +38,7 @@ def script(number: str, *arguments: str, config: Path, **environment: str) -> su
         env={**plain, "EDGE_CONFIG": str(config), **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         cwd="/",
     )
 
@@ -192,11 +199,19 @@ def test_the_broken_hop_is_named(caddy: Caddy, live: LiveService, loading: str, 
         assert "a-key" not in astray.output()
 
 
-def test_a_gateway_with_one_port(caddy: Caddy, live: LiveService, tmp_path: Path) -> None:
+def test_a_gateway_with_one_port(live: LiveService, tmp_path: Path) -> None:
     """As Salad's: what is behind Caddy is behind TLS itself, chosen by name, and its health is on the same port."""
     assert get(f"{live.url}/health")[0] == get(f"{live.url}/ready")[0] == 200
-    done = script("315", config=config_for(tmp_path / ".env-http", caddy, live, GPU_HEALTH_URL=live.url))
-    assert done.returncode == 0, done.stdout + done.stderr
+    gateway = Caddy(tmp_path, live.url, live.url, host="localhost")
+    (tmp_path / "edge").mkdir()
+    with running(gateway):
+        url = gateway.url
+        edge = Caddy(tmp_path / "edge", url, url)
+        edge.environment = {**edge.environment, "SSL_CERT_FILE": str(gateway.ca)}
+        with running(edge):
+            config = config_for(tmp_path / ".env-http", edge, live, GPU_URL=url, GPU_HEALTH_URL="")
+            done = script("315", config=config)
+            assert done.returncode == 0 and "All hops work" in done.stdout, done.stdout + done.stderr
 
 
 # -- the debugging client ------------------------------------------------------------------
@@ -284,3 +299,108 @@ def test_the_unit_is_understood_and_hardened() -> None:
     done = subprocess.run(security, capture_output=True, text=True, timeout=60)
     exposure = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
     assert exposure is not None and float(exposure[1]) <= 2.0, done.stdout[-500:]
+
+
+@pytest.mark.long
+def test_the_gpu_box_is_installed_over_ssh(tmp_path: Path) -> None:
+    """A stand-in for SSH runs the commands here, in a root of their own; packages and model are really installed."""
+    box = tmp_path / "box"
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    box.mkdir()
+    (tools / "ssh").write_text(
+        f"#!/bin/bash\nfor last; do :; done\nlast=${{last//\\/opt\\/whisper-worker/{box}/code}}\n"
+        f'GPU_ROOT={box} exec bash -c "$last"\n'
+    )
+    (tools / "sudo").write_text('#!/bin/sh\nexec "$@"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    config = write_config(
+        tmp_path / ".env-http",
+        GPU_URL="http://10.0.1.20:9191",
+        WHISPER_MODEL="tiny.en",
+        WHISPER_COMPUTE_TYPE="int8",
+        WHISPER_API_KEYS="a-key",
+    )
+    path = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    for _ in range(2):
+        done = script("310", config=config, timeout=900, **path)
+        assert done.returncode == 0 and "not started: GPU_ROOT" in done.stdout, done.stdout + done.stderr
+        assert "a-key" not in done.stdout + done.stderr
+    settings = box / "etc" / "whisperlive.env"
+    assert settings.stat().st_mode & 0o777 == 0o600
+    lines = settings.read_text().splitlines()
+    assert {"WHISPERLIVE_PORT=9191", "WHISPER_API_KEYS=a-key", "WHISPER_MODEL=tiny.en"} <= set(lines)
+    unit = (box / "etc" / "systemd" / "system" / "whisperlive.service").read_text()
+    # What the unit would start, with the settings that it would be given, transcribes.
+    command = re.search(r"^ExecStart=/opt/whisper-worker/(.*)$", unit, re.MULTILINE)
+    assert command is not None
+    service = LiveService(tmp_path)
+    ports = ["--host", "127.0.0.1", "--port", str(service.port), "--health-port", str(service.health_port)]
+    service.command = [str(box / "code" / command[1].split()[0]), "live", *ports]
+    service.environment = dict(line.split("=", 1) for line in lines) | {"HF_HUB_OFFLINE": "1"}
+    with running(service):
+        done = client(service.url.replace("http", "ws"), "--expect", "fellow americans")
+        assert done.returncode == 0, done.stderr
+
+
+# -- Salad ---------------------------------------------------------------------------------
+
+SALAD = ROOT / "deploy" / "salad"
+
+
+def test_salads_start_is_told_in_the_log(tmp_path: Path) -> None:
+    """One JSON object a line, whatever the card is called; then the service, on both families of addresses."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text("#!/bin/sh\nprintf 'A \"T4\" \\\\ card, 15360, 535.1, 7.5\\n'\n")
+    (tools / "whisper-worker").write_text(f'#!/bin/sh\nexec {sys.executable} -m whisper_worker "$@"\n')
+    (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    service = LiveService(tmp_path)
+    service.command = ["sh", str(SALAD / "entrypoint.sh")]
+    service.environment = {
+        **service.environment,
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "WHISPERLIVE_PORT": str(service.port),
+        "HEALTH_CHECK_PORT": str(service.health_port),
+        "WHISPER_API_KEYS": "a-key",
+        "LOG_FORMAT": "json",
+    }
+    with running(service):
+        assert get(f"http://127.0.0.1:{service.port}/ready")[0] == 200
+        if socket.has_ipv6 and Path("/proc/net/if_inet6").read_text():
+            assert get(f"http://[::1]:{service.port}/ready")[0] == 200
+        lines = [json.loads(line) for line in service.output().splitlines()]
+    assert "a-key" not in service.output()
+    assert all({"timestamp", "level", "component", "message"} <= set(line) for line in lines)
+    told = [line["message"] for line in lines if line["component"] == "entrypoint"]
+    assert told[:2] == ["Container starting", 'GPU: A "T4" \\ card, 15360, 535.1, 7.5']
+    assert told[2].startswith("Python 3.") and "CUDA available: " in told[2]
+    assert told[-1].startswith(f"Starting the live service on port {service.port}")
+    # It became the service: the signal reached it.
+    assert "Stopping; sessions are flushed" in service.output()
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "says"),
+    [
+        ("docker.io/user/live:v1", 0, "push docker.io/user/live:v1"),
+        ("registry:5000/live", 2, "no version"),
+        ("docker.io/user/live:latest", 2, "instead of latest"),
+    ],
+)
+def test_salads_push_wants_a_version(target: str, status: int, says: str) -> None:
+    done = subprocess.run(["sh", str(SALAD / "push.sh"), "--dry-run", target], capture_output=True, text=True)
+    assert done.returncode == status and says in done.stdout + done.stderr
+
+
+def test_salads_group_is_the_services() -> None:
+    group = json.loads((SALAD / "container-group.json").read_text(encoding="utf-8"))
+    known = {variable for spec in fields(Settings) for variable in spec.metadata["variables"]}
+    assert set(group["container"]["environment_variables"]) <= known
+    assert group["networking"] == {"protocol": "http", "port": Settings().live_port, "auth": False}
+    probes = [group[f"{name}_probe"]["http"] for name in ("startup", "readiness", "liveness")]
+    assert {probe["port"] for probe in probes} == {Settings().health_port}
+    assert [probe["path"] for probe in probes] == ["/ready", "/ready", "/health"]

@@ -56,7 +56,7 @@ async function start() {
     return;
   }
   running.start();
-  $("heard").textContent = language ? nameOf(language) : "being detected";
+  $("heard").textContent = language ? nameOf(language) : "–";
   $("stop").disabled = false;
   $("language").disabled = $("key").disabled = true;
   $("stop").focus();
