@@ -6,7 +6,7 @@ MODEL ?= tiny.en
 MANIFEST ?= tests/data/speech.jsonl
 
 .NOTPARALLEL:
-.PHONY: help run test check bench peers pins image-test clean venv venv-test model ffmpeg browser
+.PHONY: help run test check bench peers pins image-test clean venv venv-test model ffmpeg browser edge-tools
 
 help:
 	@echo 'make run      transcribe test_input.json with the RunPod worker'
@@ -21,7 +21,7 @@ help:
 run: venv model
 	$(VENV) handler.py
 
-test: venv-test ffmpeg browser model check
+test: venv-test ffmpeg browser edge-tools model check
 	$(VENV) -m pytest -q
 
 check: venv-test
@@ -66,6 +66,16 @@ browser: venv-test
 	      || echo 'Chromium could not be installed: tests of the web page are skipped.'; \
 	  else \
 	    echo 'No Chromium on this system: tests of the web page are skipped. To run them: sudo apt-get install chromium'; \
+	  fi; }
+
+# For the tests of the edge; without them those are skipped, and say so.
+edge-tools:
+	@command -v caddy >/dev/null && command -v shellcheck >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    { timeout 60 apt-get update -qq; DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -y -qq --no-install-recommends caddy shellcheck; } \
+	      || echo 'caddy and shellcheck could not be installed: tests of the edge are skipped.'; \
+	  else \
+	    echo 'No caddy or shellcheck on this system: tests of the edge are skipped. To run them: sudo apt-get install caddy shellcheck'; \
 	  fi; }
 
 image-test: venv-test
