@@ -71,7 +71,7 @@ class LiveRecognizer:
         verdict = Verdict.RETRY
         while verdict is Verdict.RETRY and len(tried) < len(steps):
             tried.append(one.decode(steps[len(tried)], wide=len(tried) == 1))
-            verdict = quality.judge(tried, steps, self._options, doubtful=request.doubtful)
+            verdict = quality.judge(tried, steps, self._options, doubtful=request.doubtful, seconds=request.seconds)
         kept = tried[-1] if verdict is Verdict.ACCEPT else quality.best(tried, self._options)
         limit = self._options.compression_ratio_threshold
         repeats = kept.loop or (limit is not None and kept.compression_ratio > limit)

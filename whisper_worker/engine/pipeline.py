@@ -350,7 +350,9 @@ class _Run:
         said = [token for token in work.result.tokens if token < self.tokenizer.eot]
         loop = quality.is_loop(said, text, self._sure_seconds(one.window))
         one.tried.append(quality.attempt(work.result, text, loop=loop))
-        verdict = quality.judge(one.tried, self.attempts, self.options, doubtful=one.window.doubtful)
+        verdict = quality.judge(
+            one.tried, self.attempts, self.options, doubtful=one.window.doubtful, seconds=one.window.seconds
+        )
         if verdict is Verdict.RETRY and len(one.tried) < len(self.attempts):
             if len(one.tried) == 1:
                 self.retried += 1

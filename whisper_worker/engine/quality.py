@@ -25,8 +25,10 @@ _LOOP_RATIO = 2.4
 """Compression ratio of repetition, openai/whisper's: loops of whole sentences have no short repeats."""
 
 _UNSURE_LOGPROB = -0.5
-"""A decode less likely than this is searched again, wider and in full context, though it passes the thresholds;
-not where the caller chose the number of beams, and with it what a window may cost."""
+_SHORT_SECONDS = 10.0
+"""A short window's decode less likely than this is searched again, wider and in full context, though it passes
+the thresholds: it is the context that it lacks, and encoding it costs little. Longer windows have context enough of their own.
+Not where the caller chose the number of beams, and with it what a window may cost."""
 
 
 class Verdict(Enum):
@@ -92,11 +94,16 @@ def ladder(options: TranscribeOptions, suppress_tokens: tuple[int, ...]) -> tupl
 
 
 def judge(
-    tried: Sequence[Attempt], steps: Sequence[DecodingOptions], options: TranscribeOptions, *, doubtful: bool
+    tried: Sequence[Attempt],
+    steps: Sequence[DecodingOptions],
+    options: TranscribeOptions,
+    *,
+    doubtful: bool,
+    seconds: float,
 ) -> Verdict:
     """Judge the last attempt by openai/whisper's rules, a doubtful window by stricter ones.
 
-    ``steps`` is the ladder; RETRY is said even where it has no further step.
+    ``steps`` is the ladder, ``seconds`` the window's length; RETRY is said even where there is no further step.
     """
     last = tried[-1]
     logprob, no_speech = last.result.avg_logprob, last.result.no_speech_prob
@@ -114,7 +121,8 @@ def judge(
     if repeats or low:
         return Verdict.RETRY
     more_beams = len(tried) == 1 and len(steps) > 1 and (steps[1].beam_size or 0) > (steps[0].beam_size or 1)
-    if options.beam_size is None and more_beams and options.logprob_threshold is not None and logprob < _UNSURE_LOGPROB:
+    unsure = options.logprob_threshold is not None and logprob < _UNSURE_LOGPROB
+    if unsure and more_beams and options.beam_size is None and seconds < _SHORT_SECONDS:
         return Verdict.RETRY
     return Verdict.ACCEPT
 
