@@ -173,6 +173,32 @@ def test_broken_connections_lose_and_double_nothing(
     watched()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("seconds", ["5", "600"])
+def test_sessions_that_the_service_ends(browser: Browser, tmp_path: Path, seconds: str) -> None:
+    """By its clock, again and again, or by stopping: it completes what it has, in the middle of a word or not."""
+    with (
+        running(LiveService(tmp_path, MAX_CONNECTION_TIME=seconds)) as service,
+        running(Caddy(tmp_path, service.url, service.health_url)) as edge,
+    ):
+        context = browser.new_context(base_url=edge.url, ignore_https_errors=True)
+        page = context.new_page()
+        page.goto("/")
+        record(page)
+        if seconds == "600":
+            for word in ("country", "printing"):
+                until(lambda: word in shown(page))  # noqa: B023 - called at once
+                service.end(signal.SIGTERM)
+                service.start()
+                service.wait()
+        until(lambda: "exhibition" in shown(page), 60)
+        page.get_by_role("button", name="Stop").click()
+        expect(page.locator("#state")).to_have_attribute("data-state", "done", timeout=30_000)
+        text = finished(page)
+        context.close()
+    assert lost_or_doubled(text, SPOKEN.split()) == [], " ".join(text)
+
+
 def test_at_a_devices_own_rate(page: Page) -> None:
     """Firefox gives a page no other: the worklet converts. Then a language is chosen, and the key is shown."""
     page.evaluate(
