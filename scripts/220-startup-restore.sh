@@ -55,6 +55,8 @@ case ${GPU_URL:-} in
   *)
     say "Its address is now $address"
     set_config GPU_URL "$url"
+    # One that was written down names the old address.
+    ! grep -q '^GPU_HEALTH_URL=.' "$CONFIG" || set_config GPU_HEALTH_URL ""
     GPU_URL=$url GPU_HEALTH_URL=http://$address:$HEALTH_CHECK_PORT
     ;;
 esac

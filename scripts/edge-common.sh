@@ -108,7 +108,7 @@ gpu_ssh() {
 # The settings that the edge's Caddy reads, as docker compose's .env file.
 edge_environment() {
   local name
-  for name in EDGE_HOST EDGE_TLS GPU_URL GPU_HEALTH_URL; do
+  for name in EDGE_HOST EDGE_TLS EDGE_CERTS GPU_URL GPU_HEALTH_URL; do
     printf '%s=%s\n' "$name" "${!name:-}"
   done
 }

@@ -90,6 +90,7 @@ def test_stop_and_start(aws: Any, box: str, environment: dict[str, str], tmp_pat
         tmp_path / ".env-http",
         EDGE_HOST="edge.example",
         GPU_URL="http://192.0.2.1:9090",
+        GPU_HEALTH_URL="http://192.0.2.1:9999",
         GPU_INSTANCE_ID=box,
         GPU_ADDRESS="public",
         EDGE_DIR=str(tmp_path / "edge"),
@@ -112,6 +113,7 @@ def test_stop_and_start(aws: Any, box: str, environment: dict[str, str], tmp_pat
         assert found["State"]["Name"] == "running"
         assert f"GPU_URL=http://{found['PublicIpAddress']}:9090\n" in config.read_text()
     assert config.stat().st_mode & 0o777 == 0o600
+    assert "192.0.2.1" not in config.read_text()
     assert config.read_text().count("GPU_URL=") == 1 and "EDGE_HOST=edge.example\n" in config.read_text()
 
     write_config(config, GPU_URL="https://name.salad.cloud", GPU_INSTANCE_ID=box)
