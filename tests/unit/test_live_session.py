@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -337,3 +337,24 @@ def test_any_rhythm_gives_every_word_once(
     assert len(set(said)) == len(said)
     # Unbroken speech longer than a window may lose the word it is cut in; nothing else may be lost.
     assert len(said) >= len(words) - 1 - at / 12
+
+
+def test_a_word_stays_inside_the_window_it_was_heard_in() -> None:
+    """The model let the last word before a pause end behind its window, in the silence that fills it up. It was
+    then moved into the speech after the pause, which was known already, and what was said there had no room left."""
+
+    class Late(Stage):
+        def hear(self, request: Request) -> Hypothesis:
+            heard = super().hear(request)
+            if not request.final or not heard.words:
+                return heard
+            *others, last = heard.words
+            return Hypothesis((*others, replace(last, word=replace(last.word, end=last.word.end + 2.5))))
+
+    stage = Late([*spoken("one two three", 1.0), *spoken("four five six seven", 3.0)])
+    # All of it at once, as after a connection that broke.
+    stage.session.feed(np.zeros(round(4.5 * SAMPLE_RATE), dtype=np.int16))
+    stage.end()
+    assert stage.text == " one two three four five six seven"
+    first = stage.completed[0]
+    assert first.words is not None and first.words[-1].end <= 3.0

@@ -326,7 +326,7 @@ class LiveSession:
     def apply(self, request: Request, hypothesis: Hypothesis) -> None:
         """Take a recognizer's answer to the last request."""
         self._turnaround = self._clock() - request.asked
-        words = self._placed(hypothesis.words)
+        words = self._placed(hypothesis.words, request.start + request.seconds)
         if not hypothesis.discarded:
             self._last = hypothesis
         if request.final:
@@ -346,15 +346,19 @@ class LiveSession:
         self._tail = tuple(words[agreed:])
         self._complete(closing=False)
 
-    def _placed(self, words: Sequence[LiveWord]) -> list[LiveWord]:
-        """Words inside the speech that was heard, none before the end of the one before it."""
-        spans = [(start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in self._spans]
+    def _placed(self, words: Sequence[LiveWord], stop: float) -> list[LiveWord]:
+        """Words inside the speech that was heard before ``stop``, none before the end of the one before it.
+
+        The model may let a word end in the silence that fills its window up; what lies there is not its speech.
+        """
+        spans = [(start / SAMPLE_RATE, min(end / SAMPLE_RATE, stop)) for start, end in self._spans]
+        spans = [(start, end) for start, end in spans if start < end]
         floor = max(self._settled[-1].word.end if self._settled else 0.0, self._floor)
         placed: list[LiveWord] = []
         for one in words:
             start, end = clip_word(one.word.start, one.word.end, spans)
-            start = min(max(start, floor), self.seconds)
-            end = min(max(end, start), self.seconds)
+            start = min(max(start, floor), stop)
+            end = min(max(end, start), stop)
             floor = end
             placed.append(replace(one, word=replace(one.word, start=start, end=end)))
         return _spoken(placed)
