@@ -110,6 +110,8 @@ def _print(
         print("Lines with a minus conflict with what the worker decides itself: --fix removes them.")
     if backup is not None:
         print(f"Fixed; the old file is {backup.name}.")
+    elif not removable:
+        print("Nothing conflicts with what the worker decides itself: there is nothing to fix.")
     for problem in problems:
         print(f"problem: {problem}")
 

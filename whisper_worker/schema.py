@@ -82,11 +82,22 @@ def _list(value: object) -> list[object]:
     return [value]
 
 
+_MAX_TEMPERATURES = 20
+"""Attempts at one window that a request may ask for."""
+
+
+def _increment(value: object) -> float:
+    number = _float(0.0, 2.0)(value)
+    if 0 < number < 1 / _MAX_TEMPERATURES:
+        raise ValueError(f"must be 0 (no further attempt) or at least {1 / _MAX_TEMPERATURES:g}")
+    return number
+
+
 def _temperature(value: object) -> float | tuple[float, ...]:
     parse = _float(0.0, 2.0)
     values = tuple(parse(part) for part in _list(value))
-    if not values:
-        raise ValueError("must be a number or a list of numbers")
+    if not 1 <= len(values) <= _MAX_TEMPERATURES:
+        raise ValueError(f"must be a number or a list of up to {_MAX_TEMPERATURES} numbers")
     return values if isinstance(value, (list, tuple)) or len(values) > 1 else values[0]
 
 
@@ -139,7 +150,7 @@ _OPTIONS: dict[str, Callable[[object], Any]] = {
     "suppress_tokens": _tokens,
     "initial_prompt": _text,
     "condition_on_previous_text": _flag,
-    "temperature_increment_on_fallback": _float(0.0, 2.0),
+    "temperature_increment_on_fallback": _increment,
     "compression_ratio_threshold": _float(0.0, 1e6),
     "logprob_threshold": _float(-1e6, 0.0),
     "no_speech_threshold": _float(0.0, 1.0),
@@ -243,6 +254,20 @@ def _source(values: dict[str, object]) -> AudioSource:
 def _without_effect(given: Mapping[str, object], options: TranscribeOptions) -> list[str]:
     """Options that were given but cannot do anything beside the others."""
     said: list[str] = []
+    first = options.temperature if isinstance(options.temperature, tuple) else (options.temperature,)
+    rises = len(first) > 1 or bool(options.temperature_increment_on_fallback)
+    if 0.0 not in first:
+        said.extend(
+            f"{name} has an effect at temperature 0 only and was ignored."
+            for name in ("beam_size", "patience")
+            if name in given
+        )
+    if not any(first) and not rises:
+        said.extend(
+            f"{name} has an effect at temperatures above 0 only and was ignored."
+            for name in ("best_of", "seed")
+            if name in given
+        )
     if options.patience is not None and options.beam_size == 1:
         said.append("patience has an effect with two beams or more and was ignored.")
     if not options.word_timestamps:

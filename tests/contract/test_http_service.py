@@ -372,3 +372,16 @@ def test_where_there_is_nothing(http: httpx.Client) -> None:
     assert http.get("/transcribe").status_code == 405
     page = http.get("/")
     assert (page.status_code == 200 and "<html" in page.text) or page.json()["error"]["code"] == "NOT_FOUND"
+
+
+def test_a_body_of_many_values_is_refused_before_it_is_parsed(http: httpx.Client) -> None:
+    body = b'{"audio_url": [' + b"[]," * 20_000 + b"[]]}"
+    answer = http.post("/transcribe", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "INVALID_INPUT")
+    assert "values" in answer.json()["error"]["message"]
+
+
+def test_a_form_without_a_file_is_told_what_to_send(http: httpx.Client) -> None:
+    answer = http.post("/transcribe", files={"language": (None, "en")})
+    assert answer.status_code == 422
+    assert "file audio" in answer.json()["error"]["message"]

@@ -333,3 +333,28 @@ def test_suppress_tokens_are_checked(run: Callable[..., PipelineResult], english
     for bad in ("x", "99999999", "-7"):
         with pytest.raises(InvalidInput):
             run(recognizer, Detector(), 5.0, TranscribeOptions(suppress_tokens=bad))
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_the_prefix_stands_before_the_first_window_alone(
+    run: Callable[..., PipelineResult], english: Tokenizer, conditioned: bool
+) -> None:
+    recognizer = Scripted(english, plainly())
+    options = replace(PLAIN, prefix="As I said", condition_on_previous_text=conditioned)
+    run(recognizer, Detector((0.0, 8.0), (20.0, 27.0), (40.0, 46.0)), 50.0, options)
+    with_prefix = [row for row in recognizer.rows if row.prefix]
+    assert [round(row.state) for row in with_prefix] == [8]
+    assert len(recognizer.rows) == 3
+
+
+def test_a_prefix_that_leaves_no_room_is_refused(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    with pytest.raises(InvalidInput, match="prefix"):
+        run(Scripted(english, plainly()), Detector((0.0, 8.0)), 10.0, replace(PLAIN, prefix="and so on " * 200))
+
+
+def test_what_an_english_model_and_a_short_prompt_cannot_hold_is_named(
+    run: Callable[..., PipelineResult], english: Tokenizer
+) -> None:
+    options = replace(PLAIN, languages=("de",), multilingual=True, initial_prompt="and so on " * 200)
+    warnings = run(Scripted(english, plainly()), Detector((0.0, 8.0)), 10.0, options).warnings
+    assert [warning.split()[0] for warning in warnings] == ["hotwords", "languages", "multilingual"]

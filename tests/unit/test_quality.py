@@ -120,3 +120,7 @@ def test_prompt_echo() -> None:
     assert not quality.is_prompt_echo("We deploy with Kubernetes and RunPod", prompt)
     assert not quality.is_prompt_echo("", prompt)
     assert not quality.is_prompt_echo("anything at all here", None)
+
+
+def test_a_start_hotter_than_any_rise_is_taken_as_it_is() -> None:
+    assert [step.temperature for step in quality.ladder(TranscribeOptions(temperature=1.5), ())] == [1.5]

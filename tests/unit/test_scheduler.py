@@ -212,3 +212,30 @@ def test_close_fails_what_waits_as_retryable(recorder: Recorder) -> None:
     assert errors == 4
     with pytest.raises(Busy):
         job.submit(work(1))
+
+
+def test_many_beams_of_one_window_weigh_like_windows(scheduler: Scheduler, recorder: Recorder) -> None:
+    recorder.gate.clear()
+    job = scheduler.open()
+    submit(job, 0)
+    for name in range(1, 5):
+        job.submit(work(name, DecodingOptions(beam_size=10)))
+    job.submit(work(5, DecodingOptions(beam_size=100)))
+    recorder.gate.set()
+    drain(job, 6)
+    assert sorted(map(len, recorder.batches)) == [1, 1, 2, 2]
+
+
+def test_a_window_too_wide_for_memory_costs_nobody_else_the_batch_size(
+    scheduler: Scheduler, recorder: Recorder
+) -> None:
+    def full(names: Sequence[Any]) -> None:
+        if 9 in names:
+            raise OutOfMemory("full")
+
+    recorder.before = full
+    job = scheduler.open()
+    job.submit(work(9, DecodingOptions(beam_size=100)))
+    with pytest.raises(OutOfMemory):
+        job.next_done()
+    assert scheduler.batch_size == 4

@@ -184,3 +184,31 @@ def test_an_answer_reads_back_as_the_transcript_it_was() -> None:
 def test_an_answer_that_is_no_transcript_is_refused(answer: dict[str, object]) -> None:
     with pytest.raises(InvalidInput, match="not a transcript"):
         transcript_from_dict(answer)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature_increment_on_fallback": 1e-12},
+        {"temperature": [0.1] * 21},
+        {"temperature": []},
+    ],
+)
+def test_attempts_without_end_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput, match=next(iter(options))):
+        job_input_from_dict({**URL, **options}, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({"temperature": 0.5, "beam_size": 4}, "beam_size"),
+        ({"temperature": 0.5, "patience": 2.0}, "patience"),
+        ({"temperature_increment_on_fallback": 0, "best_of": 3}, "best_of"),
+        ({"temperature": [0.0], "seed": 3, "temperature_increment_on_fallback": None}, "seed"),
+    ],
+)
+def test_a_search_that_the_temperature_rules_out_is_named(options: dict[str, object], idle: str) -> None:
+    (warning,) = job_input_from_dict({**URL, **options}, SETTINGS).warnings
+    assert warning.startswith(idle)
+    assert not job_input_from_dict({**URL, "beam_size": 4, "best_of": 3, "seed": 1}, SETTINGS).warnings

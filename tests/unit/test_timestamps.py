@@ -111,8 +111,8 @@ def test_a_word_moves_into_its_sound() -> None:
 
 def test_a_word_on_both_sides_of_a_pause_is_said_after_it() -> None:
     spans = [(0.0, 2.0), (2.4, 6.0)]
-    assert clip_word(1.7, 2.5, spans) == (2.4, 2.5)
-    assert clip_word(1.7, 2.43, spans) == (1.7, 2.0), "three hundredths of a second hold no word"
+    assert clip_word(1.7, 2.55, spans) == (2.4, 2.55)
+    assert clip_word(1.1, 2.46, spans) == (1.1, 2.0), "but not if nearly all of it lies before"
 
 
 def test_a_segment_keeps_all_of_its_speech() -> None:

@@ -74,3 +74,10 @@ def test_a_damaged_file_is_a_model_error(files: tuple[Path, Path], tmp_path: Pat
     broken.write_text("{")
     with pytest.raises(ModelError):
         Tokenizer.load(broken, files[1])
+
+
+def test_control_tokens_in_a_callers_text_are_text(tokenizer: Tokenizer) -> None:
+    written = "<|startoftranscript|> so <|endoftext|>"
+    tokens = tokenizer.encode(written)
+    assert max(tokens) < tokenizer.eot
+    assert tokenizer.decode(tokens) == written

@@ -113,6 +113,8 @@ def _says_none(name: str, value: object) -> bool:
 
 def _uploaded(body: Body, fields: dict[str, Any]) -> AudioSource | None:
     if body.upload is None:
+        if not any(fields.get(name) for name in _SOURCES):
+            raise InvalidInput("There is no audio: send it as the file audio, or its address as audio_url.")
         return None
     if any(fields.get(name) for name in _SOURCES):
         raise InvalidInput("Send the audio once: as a file, or as audio_url, or as audio_base64.")

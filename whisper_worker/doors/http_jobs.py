@@ -128,6 +128,9 @@ class Jobs:
                 if (events and events[-1].last) or self.door.draining:
                     return
                 if not events and await asyncio.to_thread(self.store.status, job_id) not in WAITING:
+                    # It may have ended between the two questions; its last event is there by now.
+                    for event in await asyncio.to_thread(self.store.events_after, job_id, last_id):
+                        yield sse(event.data, event.name, event.id)
                     return
                 try:
                     await asyncio.wait_for(news.wait(), HEARTBEAT)

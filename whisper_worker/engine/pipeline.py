@@ -41,6 +41,10 @@ DOUBT_THRESHOLD = 0.15
 _DETECT_WINDOWS = 4
 """Windows, spread over the file, that vote on its language."""
 
+_STATES_KEPT = 64
+"""Windows whose encoder output is kept between detecting their language and decoding them; others are
+encoded again, or hours of it would be held."""
+
 _REST_SECONDS = (0.3, 1.0)
 """Speech that must follow the last timestamp for the rest to be decoded: after a piece the model had
 begun and not finished, and after one that it closed (its closing time may be a little early)."""
@@ -169,10 +173,27 @@ class _Run:
         self.prompt_text = " ".join(text for text in (options.hotwords, options.initial_prompt) if text) or None
         self.prompt = tuple(self.tokenizer.encode(" " + self.prompt_text.strip())) if self.prompt_text else ()
         self.prefix = tuple(self.tokenizer.encode(" " + options.prefix.strip())) if options.prefix else ()
+        most = self.info.max_target_positions // 4
+        if len(self.prefix) > most:
+            raise InvalidInput(
+                f"The field prefix is longer than {most} tokens (about {most * 2 // 3} words); shorten it."
+            )
+        most = self.info.max_target_positions // 2 - 1
+        if len(self.prompt) > most:
+            self.warnings.append(
+                f"hotwords and initial_prompt are longer than {most} tokens together; only the last {most} were used."
+            )
+        if not self.info.is_multilingual:
+            self.warnings += [
+                f"{name} has no effect with an English-only model and was ignored."
+                for name in ("languages", "multilingual")
+                if getattr(options, name)
+            ]
         self.outstanding: list[_Pending] = []
         self.waiting_segments: list[tuple[int, list[Segment]]] = []
         self.segments: list[Segment] = []
         self.retried = 0
+        self.first_start = 0
         self.n_windows = 0
 
     def run(self) -> PipelineResult:
@@ -185,6 +206,7 @@ class _Run:
         self.heard, self.sure = _seconds(spans), _seconds(sure)
         self.total_seconds = sum(window.seconds for window in windows)
         self.done_seconds = 0.0
+        self.first_start = windows[0].start if windows else 0
         pending = [_Pending(window, options.language) for window in windows]
         self.n_windows = len(pending)
         language, probability = self._settle_language(pending)
@@ -257,6 +279,8 @@ class _Run:
         for _ in asked:
             work = self.job.next_done()
             work.key.probabilities = self._allowed(work.result)
+        for one in asked[_STATES_KEPT:]:
+            one.work = None
         votes: dict[str, float] = {}
         total = sum(one.window.seconds for one in asked)
         for one in asked:
@@ -282,7 +306,7 @@ class _Run:
             ids = [int(part) for part in self.options.suppress_tokens.split(",") if part.strip()]
         except ValueError:
             raise InvalidInput("suppress_tokens must be token ids separated by commas, such as -1 or 50,257.") from None
-        if any(not -1 <= token < self.tokenizer.timestamp_begin for token in ids):
+        if any(not -1 <= token < self.tokenizer.eot for token in ids):
             raise InvalidInput("suppress_tokens holds an id that is no text token of this model.")
         plain = {token for token in ids if token >= 0}
         return tuple(sorted(plain.union(self.tokenizer.non_speech_tokens) if -1 in ids else plain))
@@ -297,13 +321,9 @@ class _Run:
             tokens=tokens,
             language=one.language,
             prompt=self.prompt if options and one.with_prompt and tokens is None else (),
-            prefix=self.prefix if options and tokens is None and window.start == self._first_start else (),
+            prefix=self.prefix if options and tokens is None and window.start == self.first_start else (),
             state=one.work.state if one.work else None,
         )
-
-    @property
-    def _first_start(self) -> int:
-        return 0 if not self.prefix else min((one.window.start for one in self.outstanding), default=0)
 
     def _mel(self, window: Window, *, wide: bool) -> torch.Tensor:
         from whisper_worker.engine.features import log_mel

@@ -27,8 +27,8 @@ _LOOP_RATIO = 2.4
 _UNSURE_LOGPROB = -0.5
 _SHORT_SECONDS = 10.0
 """A short window's decode less likely than this is searched again, wider and in full context, though it passes
-the thresholds: it is the context that it lacks, and encoding it costs little. Longer windows have context enough of their own.
-Not where the caller chose the number of beams, and with it what a window may cost."""
+the thresholds: context is what it lacks, and what costs little there. Not where the caller chose the number of
+beams, and with it what a window may cost."""
 
 
 class Verdict(Enum):
@@ -64,7 +64,8 @@ def ladder(options: TranscribeOptions, suppress_tokens: tuple[int, ...]) -> tupl
         temperatures = options.temperature
     elif options.temperature_increment_on_fallback:
         step, first = options.temperature_increment_on_fallback, options.temperature
-        temperatures = tuple(round(first + i * step, 6) for i in range(int((1.0 - first) / step + 1e-6) + 1))
+        rises = max(0, int((1.0 - first) / step + 1e-6))
+        temperatures = tuple(round(first + i * step, 6) for i in range(rises + 1))
     else:
         temperatures = (options.temperature,)
     steps: list[DecodingOptions] = []

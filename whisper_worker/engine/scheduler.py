@@ -11,6 +11,7 @@ after an out-of-memory error with a lower batch size from then on.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections import deque
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     import torch
 
 _log = get_logger("scheduler")
+
+_SEQUENCES_A_SLOT = 5
+"""Beams or samples of a window that batches are sized for."""
 
 
 class Priority(IntEnum):
@@ -68,6 +72,14 @@ class Work:
     def batch_key(self) -> tuple[object, ...]:
         """Work with equal keys may share a batch."""
         return (self.options, self.tokens is not None, len(self.prompt), len(self.prefix))
+
+    def slots(self) -> int:
+        """Places it takes in a batch: more than a few sequences of one window weigh like further windows."""
+        options = self.options
+        if options is None or self.tokens is not None:
+            return 1
+        sequences = (options.beam_size if options.temperature == 0 else options.best_of) or 1
+        return math.ceil(sequences / _SEQUENCES_A_SLOT)
 
     def row(self) -> DecodingRow:
         return DecodingRow(self.state, self.language, self.prompt, self.prefix, self.seconds)
@@ -175,13 +187,18 @@ class Scheduler:
         ready = [job for job in self._jobs if job._waiting]
         batch: list[tuple[Job, Work]] = []
         key: tuple[object, ...] | None = None
-        while ready and len(batch) < self._limit:
+        taken = 0
+        while ready and taken < self._limit:
             job = min(ready, key=lambda candidate: (candidate.priority, candidate._served))
             work = self._take(job, key)
             if work is None:
                 ready.remove(job)
                 continue
+            if batch and taken + work.slots() > self._limit:
+                job._waiting.appendleft(work)
+                break
             key = work.batch_key()
+            taken += work.slots()
             job._served += work.seconds
             batch.append((job, work))
         return batch
@@ -207,7 +224,7 @@ class Scheduler:
             if len(batch) == 1:
                 self._fail(*batch[0], error)
                 return
-            self._limit = max(1, min(self._limit, len(batch)) // 2)
+            self._limit = max(1, min(self._limit, sum(work.slots() for _, work in batch)) // 2)
             _log.warning("Out of memory; batch size lowered", extra={"fields": {"batch_size": self._limit}})
             self._halves(batch)
         except Exception as error:

@@ -33,9 +33,9 @@ Seven encoder positions is openai/whisper's width; whole-tensor exchanges are ma
 _ANTICIPATION_SECONDS = 0.04
 """By how much the attention runs ahead of the voice, in the median over read and spoken English."""
 
-_WORD_SECONDS = 0.06
-"""Least sound of a word. Attention passes to a word before it is said, not after, so a word that
-seems to be on both sides of a pause is the later one's if this much of it lies there."""
+_LATER_SHARE = 0.4
+"""Attention passes to a word before it is said, not after, so a word that seems to be on both sides of
+a pause is said after it, even if only this much of what lies before lies there."""
 
 _FOREIGN_SECONDS = 0.4
 """Overlap up to which a stretch of speech may belong to the segment next door."""
@@ -233,7 +233,7 @@ class Spans:
 
 
 def clip_word(start: float, end: float, spans: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Move a word into one stretch of speech: the last that has room for its sound, else the one it overlaps most.
+    """Move a word into one stretch of speech: the one it overlaps most, or a later one if that is not much less.
 
     ``spans`` are rising and disjoint. A word that overlaps none is left alone: the detector
     may have missed quiet speech.
@@ -242,7 +242,7 @@ def clip_word(start: float, end: float, spans: Sequence[tuple[float, float]]) ->
     most = 0.0
     for low, high in spans:
         shared = min(end, high) - max(start, low)
-        if shared > 0 and (shared >= _WORD_SECONDS or shared >= most):
+        if shared > 0 and shared >= _LATER_SHARE * most:
             best, most = (low, high), shared
     return (start, end) if best is None else (max(start, best[0]), min(end, best[1]))
 

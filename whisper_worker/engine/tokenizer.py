@@ -109,6 +109,8 @@ class Tokenizer:
         return sequence
 
     def encode(self, text: str) -> list[int]:
+        # What a caller writes is text, even where it looks like one of the model's control tokens.
+        self._backend.encode_special_tokens = True
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
