@@ -89,5 +89,6 @@ pins: venv
 	mv constraints.pinned constraints.txt && rm constraints.new
 
 clean:
+	@awk '$$2 ~ "^$(CURDIR)/.cache/image/" { print $$2 }' /proc/mounts | xargs -r umount # a build that was killed leaves them
 	rm -rf .venv .venv-peers .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -58,7 +58,14 @@ class Ran:
 def run(command: Sequence[str], *, seconds: float = 600, stdin: str | None = None) -> Ran:
     """Run to the end, whatever the end is; raises ``TimeoutExpired`` after ``seconds``."""
     done = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, timeout=seconds, env=environment(), check=False
+        command,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=environment(),
+        cwd=CACHE,  # conmon leaves a file named oom where it was started
+        check=False,
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 
@@ -90,6 +97,7 @@ def buildah(*arguments: str) -> list[str]:
 
 def prepare() -> None:
     """Install what builds and runs images, and make the base. Raises :class:`Unavailable`."""
+    CACHE.mkdir(parents=True, exist_ok=True)
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         if os.getuid() != 0 or shutil.which("apt-get") is None:
