@@ -38,6 +38,12 @@ def test_outputs_of_one_name_are_kept_apart(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     words = [str(tmp_path / name) for name in ("a.wav", "a.mp3", "b.wav")]
     assert stems(words, tmp_path) == ["a", "a.mp3", "b"]
+    for place in ("one", "two", "three"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "call.wav").write_bytes(b"x")
+    calls = [str(tmp_path / place / "call.wav") for place in ("one", "two", "three")]
+    assert stems(calls, tmp_path) == ["call", "call.wav", "call.wav-2"]
+    assert stems(["http://a.example/t.mp3", "http://b.example/t.mp3"], tmp_path) == ["t", "t-2"]
 
 
 @pytest.mark.parametrize(

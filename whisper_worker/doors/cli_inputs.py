@@ -42,7 +42,7 @@ def expand(words: Sequence[str], spool: Path, settings: Settings) -> Iterator[In
 
     Standard input is written into ``spool`` first: decoding needs to seek in it, and a
     service may have to be sent it twice. Outputs of equal names are kept apart by the
-    recordings' extensions.
+    recordings' extensions, and by numbers where those are equal too.
     """
     taken: set[PurePath] = set()
     for word in words:
@@ -51,6 +51,10 @@ def expand(words: Sequence[str], spool: Path, settings: Settings) -> Iterator[In
                 stem = found.stem
                 if stem in taken and found.source.path is not None:
                     stem = stem.with_name(found.source.path.name)
+                first, number = stem, 1
+                while stem in taken:
+                    number += 1
+                    stem = first.with_name(f"{first.name}-{number}")
                 taken.add(stem)
                 yield Input(found.shown, stem, found.source)
         except WhisperWorkerError as error:

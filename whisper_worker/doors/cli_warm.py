@@ -80,13 +80,21 @@ class WarmEngine:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Transcript:
         """One recording. Raises typed errors only."""
+        told = 0
+
+        def once(segment: Segment) -> None:
+            nonlocal told
+            if segment.id >= told:
+                told = segment.id + 1
+                on_segment(segment)
+
         for _ in range(_STARTS):  # a service found at the end of its idle time is gone at the second look
             client = self._client()
             if client is None:
                 break
             with contextlib.suppress(Unreachable):
-                return client.transcribe(item, on_segment, on_progress)
-        return self._fallback.transcribe(item, on_segment, on_progress)
+                return client.transcribe(item, once, on_progress)
+        return self._fallback.transcribe(item, once, on_progress)
 
     def prepare(self) -> None:
         """Start the service. Raises typed errors."""
