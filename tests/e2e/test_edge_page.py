@@ -231,6 +231,38 @@ def test_at_a_devices_own_rate(page: Page) -> None:
     assert finished(page) == []
 
 
+def test_stop_discards_nothing(page: Page) -> None:
+    """Not after a change to a device that is gone, not by a double click, and no microphone is opened behind it."""
+    page.evaluate(
+        """() => {
+          const { mediaDevices } = navigator;
+          const open = mediaDevices.getUserMedia.bind(mediaDevices);
+          window.streams = [];
+          window.gone = false;
+          mediaDevices.getUserMedia = async (wanted) => {
+            if (window.gone) throw new DOMException("gone", "OverconstrainedError");
+            if (window.streams.length) await new Promise((resolve) => setTimeout(resolve, 500));
+            const stream = await open(wanted);
+            window.streams.push(stream);
+            return stream;
+          };
+        }"""
+    )
+    record(page)
+    until(lambda: "americans" in shown(page))
+    page.evaluate("window.gone = true")
+    page.locator("#device").dispatch_event("change")
+    expect(page.locator("#problem")).to_contain_text("is gone")
+    page.evaluate("window.gone = false")
+    page.locator("#device").dispatch_event("change")
+    page.get_by_role("button", name="Stop").dblclick()
+    expect(page.locator("#state")).to_have_attribute("data-state", "done")
+    assert finished(page)[:5] == ["and", "so", "my", "fellow", "americans"]
+    page.wait_for_timeout(1000)
+    live = "window.streams.flatMap((one) => one.getTracks()).filter((one) => one.readyState === 'live').length"
+    assert page.evaluate("window.streams.length") == 2 and page.evaluate(live) == 0
+
+
 def test_the_test_page(page: Page, live: LiveService) -> None:
     page.get_by_role("link", name="Test page").click()
     page.get_by_role("button", name="Send the test recording").click()

@@ -28,6 +28,11 @@ let lines = [];
 let before = 0;
 let dictation = null;
 let microphone = null;
+/** idle; recording; stopping, while the microphone gives its last sound; finishing: no more sound will come. */
+let stage = "idle";
+/** Grows with whatever makes a microphone that is still being opened unwanted. */
+let turn = 0;
+let closing = Promise.resolve();
 
 // -- the recording -------------------------------------------------------------------------
 
@@ -55,6 +60,7 @@ async function start() {
     $("start").disabled = false;
     return;
   }
+  stage = "recording";
   running.start();
   $("heard").textContent = language ? nameOf(language) : "–";
   $("stop").disabled = false;
@@ -62,14 +68,20 @@ async function start() {
   $("stop").focus();
 }
 
+/** Whether a microphone is open now; one that is not wanted any more is closed again. */
 async function listen() {
+  const mine = ++turn;
   try {
-    microphone = await openMicrophone($("device").value, hear, () => {
+    const opened = await openMicrophone($("device").value, hear, () => {
       problem("The microphone went away. Choose another to go on; what was said is kept.");
     });
+    if (mine !== turn) {
+      await opened.stop();
+      return false;
+    }
+    microphone = opened;
   } catch (error) {
-    microphone = null;
-    problem(MICROPHONE_PROBLEMS[error.name] ?? `The microphone cannot be used (${error.name}).`);
+    if (mine === turn) problem(MICROPHONE_PROBLEMS[error.name] ?? `The microphone cannot be used (${error.name}).`);
     return false;
   }
   listDevices();
@@ -83,31 +95,44 @@ function hear(frame) {
   if (dictation) $("recorded").textContent = clock(before + dictation.seconds);
 }
 
-async function stop() {
-  if (!microphone) {
-    // The second click: whoever cannot wait for a service that is away.
-    dictation?.abandon();
+/** Close the microphone, with its last sound heard. */
+function letGo() {
+  turn++;
+  if (microphone) closing = microphone.stop().catch(() => {});
+  microphone = null;
+  return closing;
+}
+
+async function stop(event) {
+  if (stage === "finishing") {
+    // Another click: whoever cannot wait for a service that is away. A double click's second half is none.
+    if (event.detail < 2) dictation?.abandon();
     return;
   }
-  const stopping = microphone;
-  microphone = null;
-  await stopping.stop();
+  if (stage !== "recording") return;
+  stage = "stopping";
+  const stopped = dictation;
+  await letGo();
+  if (dictation !== stopped) return;
+  stage = "finishing";
   $("level").value = -60;
   $("stop").textContent = "Give up the rest";
   $("state").textContent = "Finishing the last words …";
-  dictation?.finish();
+  stopped.finish();
 }
 
 async function changeDevice() {
-  if (!microphone) return;
+  if (stage !== "recording") return;
   problem("");
-  await microphone.stop();
-  await listen();
+  const closed = letGo();
+  const mine = turn;
+  await closed;
+  if (mine === turn) await listen();
 }
 
 function showState(of, state, detail) {
   $("state").dataset.state = state;
-  $("state").textContent = state === "live" && !microphone ? "Finishing the last words …" : STATES[state];
+  $("state").textContent = state === "live" && stage !== "recording" ? "Finishing the last words …" : STATES[state];
   const over = state === "done" || state === "failed";
   if (state === "reconnecting" || state === "failed") askService();
   if (detail && (over || state === "waiting")) problem(detail);
@@ -115,8 +140,8 @@ function showState(of, state, detail) {
   if (!over || dictation !== of) return;
   before += of.seconds;
   dictation = null;
-  microphone?.stop();
-  microphone = null;
+  stage = "idle";
+  letGo();
   $("level").value = -60;
   $("stop").textContent = "Stop";
   $("stop").disabled = true;
