@@ -3,7 +3,7 @@
 #
 #   scripts/210-shutdown-gpu.sh [--dry-run] [--force]
 #
-# Refuses while somebody is speaking, unless --force. 220 starts it again.
+# Refuses while somebody is speaking, or where that cannot be learned, unless --force. 220 starts it again.
 
 . "$(dirname -- "${BASH_SOURCE[0]}")/edge-common.sh"
 
@@ -26,10 +26,11 @@ case $state in
   stopped) say "The GPU box is stopped already." && exit 0 ;;
   stopping) ;;
   running)
-    if [ -z "$force" ] && [ -n "$GPU_HEALTH_URL" ]; then
+    if [ -z "$force" ]; then
       clients=$(curl -fsS --max-time 5 "$GPU_HEALTH_URL/status" 2>/dev/null \
         | sed -n 's/.*"clients": *\([0-9]*\).*/\1/p') || true
-      [ "${clients:-0}" = 0 ] || die "$clients clients are connected. Try later, or stop it nevertheless with --force."
+      [ -n "$clients" ] || die "Whether clients are connected could not be learned from ${GPU_HEALTH_URL:-GPU_URL, which is not set}. Stop it nevertheless with --force."
+      [ "$clients" = 0 ] || die "$clients clients are connected. Try later, or stop it nevertheless with --force."
     fi
     say "Stopping the GPU box"
     run aws_ec2 stop-instances --instance-ids "$GPU_INSTANCE_ID" >/dev/null

@@ -30,9 +30,7 @@ settings() {
     [ -z "${!name:-}" ] || printf '%s=%s\n' "$name" "${!name}"
   done
 }
-port=${GPU_URL##*:}
-[[ $port =~ ^[0-9]+$ ]] || die "GPU_URL needs a port, as in http://ADDRESS:9090."
-WHISPERLIVE_PORT=$port
+[[ ${GPU_URL##*:} =~ ^[0-9]+$ ]] || die "GPU_URL needs a port, as in http://ADDRESS:9090."
 
 say "Does the GPU box answer, and has it a card?"
 gpu_ssh "nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader" \

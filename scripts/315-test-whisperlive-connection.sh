@@ -6,13 +6,18 @@
 # Exit status: 0 all is well; 1 a hop is broken, and the last line names the first such; 2 it could not be tested.
 
 . "$(dirname -- "${BASH_SOURCE[0]}")/edge-common.sh"
+# shellcheck disable=SC2034 # die reads it.
+DIE_STATUS=2
 
 audio=$ROOT/deploy/edge/site/test-audio.wav
 expect="fellow americans"
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) DRY_RUN=yes ;;
-    --audio) audio=${2:?--audio needs a file} expect='' && shift ;;
+    --audio)
+      [ -n "${2:-}" ] || die "--audio needs a file."
+      audio=$2 expect='' && shift
+      ;;
     -h | --help) usage && exit 0 ;;
     *) die "Unknown argument $1; there are --dry-run and --audio." ;;
   esac
@@ -20,9 +25,8 @@ while [ $# -gt 0 ]; do
 done
 load_config
 need EDGE_HOST GPU_URL
-for program in curl python3; do
-  command -v "$program" >/dev/null || { warn "$program is missing; install it first."; exit 2; }
-done
+need_program curl
+need_program python3
 
 edge=https://$EDGE_HOST${EDGE_HTTPS_PORT:+:$EDGE_HTTPS_PORT}
 client=$ROOT/deploy/edge/test_client.py

@@ -12,7 +12,7 @@ say() { printf '==> %s\n' "$*"; }
 warn() { printf 'WARNING: %s\n' "$*" >&2; }
 die() {
   printf 'ERROR: %s\n' "$*" >&2
-  exit 1
+  exit "${DIE_STATUS:-1}"
 }
 
 # Print the comment at the top of the script that runs.
@@ -43,10 +43,12 @@ load_config() {
       export "$name=$value"
     fi
   done <"$CONFIG"
-  : "${EDGE_DIR:=/opt/whisperlive}" "${WHISPERLIVE_PORT:=9090}" "${HEALTH_CHECK_PORT:=9999}"
+  : "${EDGE_DIR:=/opt/whisperlive}" "${HEALTH_CHECK_PORT:=9999}"
   if [ -n "${GPU_URL:-}" ]; then
     [[ $GPU_URL =~ ^https?://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+)(:[0-9]+)?$ ]] \
       || die "GPU_URL must be http://HOST:PORT or https://HOST, nothing behind it."
+    # The box listens where it is asked; a gateway's port is not the box's.
+    case $GPU_URL in http://*) WHISPERLIVE_PORT=${BASH_REMATCH[2]#:} ;; esac
     # A box of one's own has a second port for its health; a gateway with a certificate has one for all.
     if [ -z "${GPU_HEALTH_URL:-}" ]; then
       case $GPU_URL in
@@ -55,6 +57,7 @@ load_config() {
       esac
     fi
   fi
+  : "${WHISPERLIVE_PORT:=9090}"
   export EDGE_DIR WHISPERLIVE_PORT HEALTH_CHECK_PORT GPU_HEALTH_URL="${GPU_HEALTH_URL:-}"
 }
 

@@ -122,11 +122,49 @@ def test_configuration_is_data(tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
     config.write_text("EDGE_HOST=a\nWHISPER API_KEYS=secret\n")
     done = script("315", config=config)
-    assert done.returncode == 1 and "NAME=VALUE" in done.stderr and "secret" not in done.stderr
+    assert done.returncode == 2 and "NAME=VALUE" in done.stderr and "secret" not in done.stderr
     done = script("315", config=write_config(config, EDGE_HOST="a", GPU_URL="127.0.0.1:9090"))
-    assert "GPU_URL must be" in done.stderr
+    assert done.returncode == 2 and "GPU_URL must be" in done.stderr
     done = script("315", config=tmp_path / "none")
-    assert done.returncode == 1 and "env-http.example" in done.stderr
+    assert done.returncode == 2 and "env-http.example" in done.stderr
+    assert script("310", config=tmp_path / "none").returncode == 1
+
+
+@pytest.mark.parametrize("arguments", [["--audio"], ["--nonsense"], []])
+def test_what_cannot_be_tested_is_not_broken(arguments: list[str], tmp_path: Path) -> None:
+    done = script("315", *arguments, config=write_config(tmp_path / ".env-http", EDGE_HOST="a"))
+    assert done.returncode == 2 and "ERROR: " in done.stderr
+
+
+@pytest.fixture
+def aws(tmp_path: Path) -> dict[str, str]:
+    """An AWS command line that knows one running instance, and of no rules."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "aws").write_text(
+        '#!/bin/sh\ncase "$*" in *State.Name*) echo running;; *IpAddress*) echo 10.0.1.21;; esac\n'
+    )
+    (tools / "aws").chmod(0o755)
+    return {"PATH": f"{tools}:{os.environ['PATH']}", "AWS_REGION": "us-east-2", "GPU_INSTANCE_ID": "i-0"}
+
+
+def test_a_box_that_does_not_tell_its_clients_is_not_stopped(aws: dict[str, str], tmp_path: Path) -> None:
+    (nobody,) = free_ports(1)
+    for settings in ({}, {"GPU_URL": "http://127.0.0.1:9090", "GPU_HEALTH_URL": f"http://127.0.0.1:{nobody}"}):
+        config = write_config(tmp_path / ".env-http", **settings)
+        done = script("210", config=config, **aws)
+        assert done.returncode == 1 and "could not be learned" in done.stderr, done.stdout + done.stderr
+        assert script("210", "--force", config=config, **aws).returncode == 0
+
+
+def test_the_port_is_that_of_gpu_url(aws: dict[str, str], tmp_path: Path) -> None:
+    settings = {"GPU_URL": "http://10.0.1.20:9191", "GPU_SECURITY_GROUP": "sg-0", "EDGE_IP": "192.0.2.1"}
+    for more in ({}, {"WHISPERLIVE_PORT": "9090"}):
+        config = write_config(tmp_path / ".env-http", **settings, **more)
+        done = script("040", "--dry-run", config=config, **aws)
+        assert "Opening port 9191" in done.stdout and "9090" not in done.stdout + done.stderr
+        done = script("220", "--dry-run", config=config, EDGE_DIR=str(tmp_path), **aws)
+        assert "would set: GPU_URL=http://10.0.1.21:9191" in done.stdout, done.stdout + done.stderr
 
 
 # -- 315: all hops, and each of them broken ------------------------------------------------
@@ -193,6 +231,8 @@ def test_the_broken_hop_is_named(caddy: Caddy, live: LiveService, loading: str, 
     with running(Caddy(tmp_path, live.url, f"http://127.0.0.1:{nobody}")) as astray:
         assert broken(EDGE_HTTPS_PORT=str(astray.port)).startswith("BROKEN HOP: 6 ")
         assert "Americans" not in astray.output() and "a-key" not in astray.output()
+        assert '"request"' in astray.output()
+        assert "remote_ip" not in astray.output() and "client_ip" not in astray.output()
     (tmp_path / "2").mkdir()
     with running(Caddy(tmp_path / "2", f"http://127.0.0.1:{other}", live.health_url)) as astray:
         assert broken(EDGE_HTTPS_PORT=str(astray.port)).startswith("BROKEN HOP: 7 ")
