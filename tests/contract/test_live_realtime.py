@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import Iterator
@@ -104,6 +105,27 @@ async def test_a_commit_ends_an_item_where_the_client_says_so(
                     break
     assert folded(transcripts[0]) == "and so my fellow americans"
     assert folded(" ".join(transcripts)) == JFK
+
+
+async def test_commits_in_a_row_are_each_answered(server: RunningServer, speech: npt.NDArray[np.int16]) -> None:
+    """Nobody waits for the first answer, and each item holds what was said before its commit."""
+    async with client(server) as openai, openai.realtime.connect(model="whisper-1") as connection:
+        await connection.session.update(session=session(turn_detection=None))
+        for part in (speech[: 24000 * 3], speech[24000 * 3 :], np.zeros(12000, dtype=np.int16)):
+            await append(connection, part)
+            await connection.input_audio_buffer.commit()
+        committed, transcripts = [], []
+        while len(transcripts) < 3:
+            event = await asyncio.wait_for(connection.recv(), 30)
+            assert event.type != "error"
+            if event.type == "input_audio_buffer.committed":
+                committed.append(event.item_id)
+            elif event.type == "conversation.item.input_audio_transcription.completed":
+                assert event.item_id == committed[-1]
+                transcripts.append(event.transcript)
+    assert len(set(committed)) == 3
+    assert folded(transcripts[0]) == "and so my fellow americans"
+    assert folded(" ".join(transcripts)) == JFK and transcripts[2] == ""
 
 
 async def test_a_wrong_event_is_answered_and_changes_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import urllib.error
 import urllib.request
@@ -14,7 +15,7 @@ import pytest
 
 from whisper_worker.audio.resample import Resampler
 from whisper_worker.doors.live_health import HealthServer, Vitals
-from whisper_worker.doors.live_realtime import RealtimeConfig, read_session
+from whisper_worker.doors.live_realtime import Conversation, RealtimeConfig, _event, read_session
 from whisper_worker.doors.live_whisperlive import Outbox, read_config, samples, uid_of
 from whisper_worker.engine.live import LiveSession, OpenSegment
 from whisper_worker.errors import InvalidInput
@@ -93,6 +94,8 @@ def test_a_missing_key_is_named(name: str) -> None:
         {"send_last_n_segments": True},
         {"vad_parameters": [1]},
         {"initial_prompt": {"a": 1}},
+        {"initial_prompt": "x" * 4001},
+        {"hotwords": ["x" * 2000, "y" * 2000]},
     ],
 )
 def test_a_wrong_value_is_refused(changes: dict[str, Any]) -> None:
@@ -103,6 +106,14 @@ def test_a_wrong_value_is_refused(changes: dict[str, Any]) -> None:
 def test_whom_an_answer_is_for() -> None:
     assert uid_of(message()) == "u"
     assert uid_of("[]") is uid_of("?") is uid_of('{"uid": 3}') is uid_of(b"\xff") is None
+
+
+def test_a_tower_of_brackets_is_a_bad_message() -> None:
+    tower = "[" * 200_000
+    assert uid_of(tower) is None
+    for read in (lambda: read_config(tower, "base"), lambda: _event(tower)):
+        with pytest.raises(InvalidInput, match="JSON object"):
+            read()
 
 
 def test_formats_of_samples() -> None:
@@ -241,12 +252,42 @@ def test_updates_lie_over_one_another() -> None:
         {"audio": {"input": {"turn_detection": {"type": "semantic_vad"}}}},
         {"audio": {"input": {"turn_detection": {"type": "server_vad", "threshold": 7}}}},
         {"audio": {"input": {"transcription": {"language": "klingon"}}}},
+        {"audio": {"input": {"transcription": {"prompt": "x" * 4001}}}},
         {"include": ["item.input_audio_transcription.logprobs"]},
     ],
 )
 def test_what_is_not_offered_is_refused(given: object) -> None:
     with pytest.raises(InvalidInput):
         read_session(given, RealtimeConfig())
+
+
+async def test_who_takes_no_answers_is_not_listened_to() -> None:
+    """Until there is room again."""
+    taken = 0
+
+    class Chatter(Wire):
+        def __aiter__(self) -> Chatter:
+            return self
+
+        async def __anext__(self) -> str:
+            nonlocal taken
+            if taken == 1000:
+                raise StopAsyncIteration
+            taken += 1
+            return "{}"
+
+    wire = Chatter()
+    wire.free.clear()
+    conversation = Conversation(wire, "base")  # type: ignore[arg-type]
+    reading, writing = asyncio.create_task(conversation.read()), asyncio.create_task(conversation.write())
+    for _ in range(2000):
+        await asyncio.sleep(0)
+    assert taken < 100 and not reading.done()
+    wire.free.set()
+    await asyncio.wait_for(reading, 5)
+    conversation.close()
+    await asyncio.wait_for(writing, 5)
+    assert taken == len(wire.sent) == 1000
 
 
 # -- health ----------------------------------------------------------------------------------
@@ -279,6 +320,20 @@ def test_the_health_pages() -> None:
         assert page["environment"] == {"WHISPER_MODEL": "small.en", "WHISPER_COMPUTE_TYPE": "int8"}
         assert "\nwhisper_live_ready 1\n" in get("/metrics")[1]
         assert get("/nothing")[0] == 404
+    finally:
+        server.close()
+
+
+def test_health_is_told_by_ipv6() -> None:
+    try:
+        server = HealthServer("::1", 0, Vitals(9090, 4, {}))
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            pytest.skip("there is no IPv6 here")
+        raise
+    try:
+        with urllib.request.urlopen(f"http://[::1]:{server.port}/health", timeout=10) as answer:
+            assert answer.status == 200
     finally:
         server.close()
 

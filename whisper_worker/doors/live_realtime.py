@@ -12,12 +12,13 @@ import base64
 import binascii
 import json
 import uuid
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from whisper_worker.audio.resample import Resampler
-from whisper_worker.doors.live_whisperlive import SEND_SECONDS
+from whisper_worker.doors.live_whisperlive import MAX_TEXT, SEND_SECONDS
 from whisper_worker.errors import InvalidInput, WhisperWorkerError
 from whisper_worker.languages import language_code
 from whisper_worker.types import Segment, TranscribeOptions
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _RATES = (16_000, 24_000)
 _ERROR_TYPES = {"INVALID_INPUT": "invalid_request_error", "FORBIDDEN": "invalid_request_error"}
 _LEAST_COMMIT_SECONDS = 0.1
+_MOST_OUTGOING = 64
+"""Events that wait to be sent; then no more are taken in, until the client has read some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +55,14 @@ class Conversation:
         self._model = served_model
         self._id = "sess_" + uuid.uuid4().hex[:24]
         self._outgoing: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._sent_one = asyncio.Event()
+        self._deaf = False
+        """Nothing is sent any more."""
         self._resampler = Resampler(self.config.rate)
         self._item: str | None = None
         self._previous_item: str | None = None
-        self._committed_to: float | None = None
-        """A client's commit that is not yet answered: the second up to which all must be settled."""
+        self._commits: deque[float] = deque()
+        """A client's commits that are not yet answered: the seconds up to which all must be settled."""
         self._item_start = 0.0
         self._text = ""
         """Of the item's completed segments."""
@@ -81,6 +87,9 @@ class Conversation:
             except InvalidInput as error:
                 event_id = event.get("event_id") if isinstance(event, dict) else None
                 self._outgoing.put_nowait(self.failure(error, event_id))
+            while self._outgoing.qsize() >= _MOST_OUTGOING and not self._deaf:
+                self._sent_one.clear()
+                await self._sent_one.wait()
 
     async def _handle(self, event: Mapping[str, Any]) -> None:
         kind = event.get("type")
@@ -112,9 +121,10 @@ class Conversation:
 
     def _commit(self) -> None:
         session = self._stream.session
-        if session.seconds - self._item_start < _LEAST_COMMIT_SECONDS:
+        begun = self._commits[-1] if self._commits else self._item_start
+        if session.seconds - begun < _LEAST_COMMIT_SECONDS:
             raise InvalidInput("There is less than 100 ms of sound to commit; append some first.")
-        self._committed_to = session.seconds
+        self._commits.append(session.seconds)
         self._stream.flush()
 
     def _update(self, given: object) -> None:
@@ -132,12 +142,27 @@ class Conversation:
     def update(self, completed: Sequence[Segment]) -> None:
         """Turn what is new in the session into events."""
         session = self._stream.session
-        self._text += "".join(segment.text for segment in completed)
-        if self._item is None and (session.speech is not None or self._text or self._committed_to is not None):
-            self._begin_item()
+        paused = session.n_settles != self._n_settles
+        self._n_settles = session.n_settles
+        while self._commits and session.settled_seconds >= self._commits[0]:
+            at = self._commits.popleft()
+            behind = [segment for segment in completed if segment.start + segment.end > 2 * at]
+            self._tell([segment for segment in completed if segment not in behind])
+            self._end_item(at)
+            # A pause before the commit is not one behind it.
+            completed, paused = behind, bool(behind)
         opened = session.open_segment
-        settled = "".join(word.word for word in opened.words[: opened.n_settled]) if opened else ""
-        text = (self._text + settled).lstrip()
+        self._tell(completed, "".join(word.word for word in opened.words[: opened.n_settled]) if opened else "")
+        if self._item is not None and not self._commits and self.config.server_vad and paused:
+            self._end_item(session.settled_seconds)
+
+    def _tell(self, completed: Sequence[Segment], settled: str | None = None) -> None:
+        """Deltas of what is new in the item. ``settled``: of what is still open; None: the item is over."""
+        self._text += "".join(segment.text for segment in completed)
+        heard = self._stream.session.speech is not None or self._text or self._commits or settled is None
+        if self._item is None and heard:
+            self._begin_item()
+        text = (self._text + (settled or "")).lstrip()
         if len(text) > len(self._sent):
             self._put(
                 "conversation.item.input_audio_transcription.delta",
@@ -146,25 +171,22 @@ class Conversation:
                 delta=text[len(self._sent) :],
             )
             self._sent = text
-        paused = session.n_settles != self._n_settles
-        self._n_settles = session.n_settles
-        if self._committed_to is not None:
-            if session.settled_seconds >= self._committed_to:
-                self._committed_to = None
-                self._end_item()
-        elif self._item is not None and self.config.server_vad and paused:
-            self._end_item()
 
     def close(self) -> None:
         """End the last item; :meth:`write` ends once all is sent."""
         if self._item is not None:
-            self._end_item()
+            self._end_item(self._stream.session.settled_seconds)
         self._outgoing.put_nowait(None)
 
     async def write(self) -> None:
         """Raises ``TimeoutError`` where the client does not take what it is sent."""
-        while (event := await self._outgoing.get()) is not None:
-            await asyncio.wait_for(self._connection.send(json.dumps(event)), SEND_SECONDS)
+        try:
+            while (event := await self._outgoing.get()) is not None:
+                self._sent_one.set()
+                await asyncio.wait_for(self._connection.send(json.dumps(event)), SEND_SECONDS)
+        finally:
+            self._deaf = True
+            self._sent_one.set()
 
     def _begin_item(self) -> None:
         self._item = "item_" + uuid.uuid4().hex[:24]
@@ -172,9 +194,8 @@ class Conversation:
         if self.config.server_vad and speech is not None:
             self._put("input_audio_buffer.speech_started", item_id=self._item, audio_start_ms=round(1000 * speech[0]))
 
-    def _end_item(self) -> None:
+    def _end_item(self, end: float) -> None:
         item, previous = self._item, self._previous_item
-        end = self._stream.session.settled_seconds
         if self.config.server_vad:
             self._put("input_audio_buffer.speech_stopped", item_id=item, audio_end_ms=round(1000 * end))
         self._put("input_audio_buffer.committed", item_id=item, previous_item_id=previous)
@@ -282,7 +303,7 @@ def read_session(given: object, before: RealtimeConfig) -> RealtimeConfig:
 def _event(message: str | bytes) -> dict[str, Any]:
     try:
         event = json.loads(message)
-    except ValueError:
+    except (ValueError, RecursionError):
         event = None
     if not isinstance(event, dict):
         raise InvalidInput("A message must be one JSON object with a type.")
@@ -310,6 +331,8 @@ def _object(value: object, name: str) -> dict[str, Any]:
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str | None):
         raise InvalidInput(f"{name} must be text.")
+    if value and len(value) > MAX_TEXT:
+        raise InvalidInput(f"{name} must be at most {MAX_TEXT} characters long.")
     return value or ""
 
 

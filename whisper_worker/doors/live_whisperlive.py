@@ -36,6 +36,8 @@ AUDIO_FORMATS = {"float32": 4, "int16": 2, "uint8": 1}
 SEND_SECONDS = 20.0
 """A client that takes nothing for so long is let go."""
 _MAX_UID = 200
+MAX_TEXT = 4000
+"""Characters of a prompt or of hotwords: the model takes in fewer, and they are tokenised on the event loop."""
 _SURE_OF_LANGUAGE = 0.5
 _MAX_SEGMENTS = 100
 _NOT_OFFERED = {"enable_translation": False, "enable_diarization": False}
@@ -62,7 +64,7 @@ def uid_of(message: str | bytes) -> str | None:
     """Whom an answer to this message is for, as far as it says so."""
     try:
         uid = json.loads(message).get("uid")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None
     return uid if isinstance(uid, str) and len(uid) <= _MAX_UID else None
 
@@ -71,7 +73,7 @@ def read_config(message: str | bytes, served_model: str) -> Config:
     """Raises :class:`InvalidInput` that says what is wrong with it."""
     try:
         data = json.loads(message)
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
         raise InvalidInput("The first message must be one JSON object with uid, language, task and model.")
@@ -166,6 +168,8 @@ def _text(data: Mapping[str, Any], name: str) -> str | None:
         value = " ".join(value)
     if not isinstance(value, str | None):
         raise InvalidInput(f"{name} must be text.")
+    if value and len(value) > MAX_TEXT:
+        raise InvalidInput(f"{name} must be at most {MAX_TEXT} characters long.")
     return value or None
 
 

@@ -16,6 +16,7 @@ settled words alone, so how text is shown does not touch how sound is cut.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -164,7 +165,8 @@ class LiveSession:
         """Samples of speech in the window before that."""
         self._last_input = clock()
         self._ended = False
-        self._flush_to = 0
+        self._flushes: deque[int] = deque()
+        """Samples up to each of which all is to be settled, in that order."""
         self.n_settles = 0
         """How many times a pause, or what counts as one, settled all that was said before it."""
         self._requested = 0
@@ -213,8 +215,8 @@ class LiveSession:
             self._open_window(self._stop - round(_PAD_SECONDS * SAMPLE_RATE))
 
     def flush(self) -> None:
-        """Settle all sound received so far, as a pause would."""
-        self._flush_to = self._stop
+        """Settle all sound received so far, as a pause would; apart from what comes after it."""
+        self._flushes.append(self._stop)
 
     def finish(self) -> None:
         """No more sound will come."""
@@ -296,6 +298,15 @@ class LiveSession:
 
     def _cut(self) -> int | None:
         """Where the window ends, if that is known."""
+        while self._flushes and not (self._spans and self._spans[0][0] < self._flushes[0]):
+            self._flushes.popleft()
+        cut = self._heard_cut()
+        if not self._flushes:
+            return cut
+        return self._flushes[0] if cut is None else min(cut, self._flushes[0])
+
+    def _heard_cut(self) -> int | None:
+        """As far as the sound itself tells."""
         pad = round(_PAD_SECONDS * SAMPLE_RATE)
         # What is settled is not decoded again: no cut before it, or the next window would begin with it.
         least = round(self._settled[-1].word.end * SAMPLE_RATE) if self._settled else self._anchor
@@ -317,8 +328,6 @@ class LiveSession:
         stalled = self.room > 0 and self._clock() - self._last_input >= STALL_SECONDS
         if self._spans and (self._ended or stalled):
             return self._stop
-        if self._spans and self._spans[0][0] < self._flush_to:
-            return self._flush_to
         return None
 
     # -- what was heard --------------------------------------------------------------------
