@@ -23,8 +23,11 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.contract.live_kit import JFK, RunningServer, config, folded, sound
 from tests.models import model_cache
+from whisper_worker.doors import live
 from whisper_worker.doors.live import CLOSE_CODES
-from whisper_worker.errors import ERROR_CODES
+from whisper_worker.doors.live_session import Stream
+from whisper_worker.doors.live_whisperlive import Outbox
+from whisper_worker.errors import ERROR_CODES, WhisperWorkerError
 from whisper_worker.service import Service
 from whisper_worker.settings import Settings
 
@@ -433,8 +436,66 @@ async def test_a_recording_holds_the_sound_and_the_text(
             assert path.read_text(encoding="utf-8").startswith("1\n00:00:00,")
 
 
+async def test_what_was_said_before_a_broken_connection_is_kept(
+    service: Service, settings: Settings, jfk: npt.NDArray[np.int16], tmp_path: Path
+) -> None:
+    with RunningServer(service, replace(settings, live_recordings=tmp_path)) as server:
+        connection = await connect(address(server))
+        await begin(connection)
+        for frame in frames(jfk):
+            await connection.send(frame)
+        await (await connection.ping())
+        connection.transport.abort()
+        await seats_free(server)
+    (kept,) = tmp_path.glob("*.json")
+    assert folded(json.loads(kept.read_text(encoding="utf-8"))["text"]) == JFK
+    (kept,) = tmp_path.glob("*.wav")
+    with wave.open(str(kept)) as file:
+        assert file.getnframes() == len(jfk)
+
+
+# -- too slow --------------------------------------------------------------------------------
+
+
+async def test_what_cannot_be_finished_in_time_is_no_good_end(
+    server: RunningServer, jfk: npt.NDArray[np.int16], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slowly(*_: object) -> None:
+        await asyncio.sleep(10)
+
+    monkeypatch.setattr(live, "_FLUSH_SECONDS", 0.2)
+    monkeypatch.setattr(Stream, "_recognize", slowly)
+    async with connect(address(server)) as connection:
+        await begin(connection)
+        for frame in frames(jfk):
+            await connection.send(frame)
+        await connection.send(b"END_OF_AUDIO")
+        messages = await until_closed(connection)
+    assert connection.close_code == 1013
+    assert messages[-1]["status"] == "ERROR" and "too slow" in messages[-1]["message"]
+    await seats_free(server)
+
+
+async def test_who_reads_too_slowly_may_come_again(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stuck(*_: object) -> None:
+        raise asyncio.TimeoutError
+
+    monkeypatch.setattr(Outbox, "run", stuck)
+    async with connect(address(server)) as connection:
+        await begin(connection)
+        await until_closed(connection)
+    assert connection.close_code == 1013
+    await seats_free(server)
+
+
 def test_every_error_code_has_a_close_code() -> None:
     assert set(CLOSE_CODES) == ERROR_CODES
+
+
+def test_what_may_be_tried_again_is_not_closed_for_good() -> None:
+    """The page gives up at 1003 and 1008."""
+    retryable = {kind.code for kind in WhisperWorkerError.__subclasses__() if kind.default_retryable}
+    assert not {CLOSE_CODES[code] for code in retryable} & {1003, 1008}
 
 
 @pytest.mark.long

@@ -51,7 +51,7 @@ CLOSE_CODES = {
     "DOWNLOAD": 1011,
     "TOO_LARGE": 1009,
     "DECODE": 1003,
-    "TIMEOUT": 1008,
+    "TIMEOUT": 1013,
     "MODEL": 1011,
     "OUT_OF_MEMORY": 1013,
     "ENGINE": 1011,
@@ -221,7 +221,7 @@ class _Client:
                 raise
             except asyncio.TimeoutError:
                 self.outcome = "slow"
-                await self.connection.close(1008, "too slow")
+                await self.connection.close(1013, "too slow")
             except Exception:
                 _log.exception("Unexpected failure")
                 await self._fail(InternalError("The server failed on this session; connect again."))
@@ -270,18 +270,26 @@ class _Client:
         gone = asyncio.create_task(self.connection.wait_closed())
         stopping = asyncio.create_task(self.server._stopping.wait())
         tasks = {reading, running, sending, gone, stopping}
+        kept = self.recording is not None
         try:
-            done, _ = await asyncio.wait(tasks, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
-            _raise_first(done)
+            # What a client sent before it left is still to be read where it is kept: ``reading`` tells the end then.
+            ends = {reading, running, stopping} if kept else tasks
+            if kept:
+                ends.add(asyncio.create_task(_troubled(sending)))
+                tasks |= ends
+            done, _ = await asyncio.wait(ends, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
+            _raise_first(done, but_for=ConnectionClosed if kept else None)
             over_time = not done or stopping in done
             reading.cancel()
             self.stream.finish()
             # What is recorded is transcribed to its end, whether or not somebody still listens.
-            awaited = {running} if self.recording is not None else {running, sending, gone}
+            awaited = {running} if kept else {running, sending, gone}
             done, _ = await asyncio.wait(awaited, timeout=_FLUSH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             _raise_first(done)
             if gone.done():
                 raise self.connection.protocol.close_exc
+            if not done:
+                raise Busy("The server is too slow to finish what was said; connect again and send the rest once more.")
             self.last_words()
             await sending
             return over_time
@@ -400,10 +408,18 @@ class _Realtime(_Client):
         await self.connection.send(json.dumps(Conversation.failure(error)))
 
 
-def _raise_first(done: set[asyncio.Task[Any]]) -> None:
+def _raise_first(done: set[asyncio.Task[Any]], but_for: type[Exception] | None = None) -> None:
     for task in done:
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not (but_for and isinstance(error, but_for)):
             raise error
+
+
+async def _troubled(sending: asyncio.Task[None]) -> None:
+    """Ends when sending fails for another reason than that the client left."""
+    with contextlib.suppress(ConnectionClosed):
+        await asyncio.shield(sending)
+    await asyncio.Event().wait()
 
 
 def _select_subprotocol(connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
