@@ -77,7 +77,7 @@ def test_every_other_option(client: openai.OpenAI) -> None:
         model="gpt-4o-transcribe",
         language="en",
         prompt="A speech of 1961.",
-        temperature=0.2,
+        temperature=0.0,
         chunking_strategy={"type": "server_vad", "threshold": 0.4, "prefix_padding_ms": 300},
         include=["logprobs"],
         keywords=["Americans"],
