@@ -6,11 +6,12 @@ MODEL ?= tiny.en
 MANIFEST ?= tests/data/speech.jsonl
 
 .NOTPARALLEL:
-.PHONY: help run test check bench peers pins image-test clean venv venv-test model ffmpeg browser edge-tools
+.PHONY: help run test test-long check bench peers pins image-test clean venv venv-test model ffmpeg browser edge-tools
 
 help:
 	@echo 'make run      transcribe test_input.json with the RunPod worker'
 	@echo 'make test     install what the tests need, check the code, run all tests'
+	@echo 'make test-long    the tests in a browser, behind Caddy, and those that take minutes'
 	@echo 'make check    formatting, lint, types, import floors'
 	@echo 'make bench    word errors, times and cold start (MANIFEST=FILE MODEL=NAME)'
 	@echo 'make image-test   build the image with buildah, run it and the cluster manifests with podman (root)'
@@ -21,8 +22,11 @@ help:
 run: venv model
 	$(VENV) handler.py
 
-test: venv-test ffmpeg browser edge-tools model check
+test: venv-test ffmpeg model check
 	$(VENV) -m pytest -q
+
+test-long: venv-test ffmpeg browser edge-tools model
+	$(VENV) -m pytest -q -m long
 
 check: venv-test
 	$(VENV) -m ruff format --check .

@@ -93,6 +93,8 @@ def test_a_missing_key_is_named(name: str) -> None:
         {"send_last_n_segments": 0},
         {"send_last_n_segments": True},
         {"vad_parameters": [1]},
+        {"vad_parameters": 3},
+        {"audio_format": ["float32"]},
         {"initial_prompt": {"a": 1}},
         {"initial_prompt": "x" * 4001},
         {"hotwords": ["x" * 2000, "y" * 2000]},

@@ -86,12 +86,12 @@ def read_config(message: str | bytes, served_model: str) -> Config:
     model = data["model"] if isinstance(data["model"], str) else ""
     language = _language(data["language"])
     audio_format = data.get("audio_format") or "float32"
-    if audio_format not in AUDIO_FORMATS:
+    if not isinstance(audio_format, str) or audio_format not in AUDIO_FORMATS:
         raise InvalidInput(f"audio_format must be one of {', '.join(AUDIO_FORMATS)}.")
-    warnings = _warnings(data, model, served_model)
     detection = data.get("vad_parameters") or {}
     if not isinstance(detection, dict):
         raise InvalidInput("vad_parameters must be an object.")
+    warnings = _warnings(data, model, served_model)
     options = TranscribeOptions(
         language="en" if model.endswith("en") else language,
         task=_task(data["task"]),
