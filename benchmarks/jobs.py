@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import torch
 from common import parser, print_json, print_table, say
 from numpy.typing import NDArray
 
@@ -99,7 +100,8 @@ def load(arguments: argparse.Namespace, settings: Settings) -> Pipeline:
         settings.device,
         arguments.threads,
     )
-    return Pipeline(recognizer.info, tokenizer, Scheduler(recognizer, settings.batch_size), VoiceDetector())
+    scheduler = Scheduler(recognizer, settings.batch_size, torch.get_num_threads())
+    return Pipeline(recognizer.info, tokenizer, scheduler, VoiceDetector())
 
 
 def cut(waveform: NDArray[np.int16], n: int) -> list[NDArray[np.int16]]:

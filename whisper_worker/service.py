@@ -245,6 +245,8 @@ def _typed_errors() -> Iterator[None]:
 
 
 def _load(settings: Settings) -> _Engine:
+    import torch
+
     from whisper_worker.audio.vad import VoiceDetector
     from whisper_worker.cache.layout import find_model
     from whisper_worker.engine.pipeline import Pipeline
@@ -272,7 +274,7 @@ def _load(settings: Settings) -> _Engine:
         settings.threads,
     )
     detector = VoiceDetector()
-    scheduler = Scheduler(recognizer, settings.batch_size)
+    scheduler = Scheduler(recognizer, settings.batch_size, torch.get_num_threads())
     pipeline = Pipeline(recognizer.info, tokenizer, scheduler, detector)
     _log.info(
         "Model loaded",

@@ -21,6 +21,8 @@ OPTIONS = DecodingOptions()
 class Recorder:
     """A recognizer whose result is the window's own name; it notes every batch."""
 
+    encodes_aside = False
+
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
         self.encoded: list[int] = []

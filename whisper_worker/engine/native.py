@@ -25,6 +25,7 @@ class NativeRecognizer:
         self.tokenizer = tokenizer
         self._model = model
         device = model.device
+        self.encodes_aside = device.type == "cpu"
         self.info = ModelInfo(
             name=name,
             revision=revision,

@@ -44,6 +44,8 @@ _ENCODER_BATCH = 8
 class ReferenceRecognizer:
     """See :class:`whisper_worker.engine.recognizer.Recognizer`."""
 
+    encodes_aside = False
+
     def __init__(self, model: Any, tokenizer: Tokenizer, name: str, revision: str | None) -> None:
         self.tokenizer = tokenizer
         self._model = model.eval()

@@ -1,9 +1,10 @@
 """One owner of the model; jobs from any thread hand in windows and get them back.
 
-A single thread runs the recognizer. Each turn it picks the most urgent kind of work, fills
-a batch from all jobs that have such work, and runs it. Inside a priority class the job that
-has been served least (in audio seconds) goes first, so a short file behind a long one waits
-for a batch or two and not for the long one's end.
+A single thread runs the recognizer (on a CPU with a second one that encodes the next windows
+beside it, see encode_ahead.py). Each turn it picks the most urgent kind of work, fills a batch
+from all jobs that have such work, and runs it. Inside a priority class the job that has been
+served least (in audio seconds) goes first, so a short file behind a long one waits for a batch
+or two and not for the long one's end.
 
 Errors stay with the window that caused them: a batch that fails is run again in halves,
 after an out-of-memory error with a lower batch size from then on.
@@ -11,6 +12,7 @@ after an out-of-memory error with a lower batch size from then on.
 
 from __future__ import annotations
 
+import itertools
 import math
 import queue
 import threading
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+from whisper_worker.engine.encode_ahead import EncodeAhead
 from whisper_worker.engine.recognizer import DecodingOptions, DecodingRow, Recognizer
 from whisper_worker.errors import Busy, Cancelled, EngineError, OutOfMemory, WhisperWorkerError
 from whisper_worker.log import get_logger
@@ -121,10 +124,15 @@ class Job:
 
 
 class Scheduler:
-    """See the module's text. ``batch_size`` 0 lets the recognizer size batches from free memory."""
+    """See the module's text.
 
-    def __init__(self, recognizer: Recognizer, batch_size: int = 0) -> None:
+    ``batch_size`` 0 lets the recognizer size batches from free memory. ``threads``: of torch, that encoding and
+    decoding share where they run side by side.
+    """
+
+    def __init__(self, recognizer: Recognizer, batch_size: int = 0, threads: int = 1) -> None:
         self._recognizer = recognizer
+        self._ahead = EncodeAhead(recognizer, threads)
         self._limit = batch_size or recognizer.default_batch_size()
         self._jobs: list[Job] = []
         self._wake = threading.Condition()
@@ -163,6 +171,7 @@ class Scheduler:
             self._closed = True
             self._wake.notify()
         self._thread.join()
+        self._ahead.close()
 
     def _run(self) -> None:
         while True:
@@ -212,6 +221,14 @@ class Scheduler:
                 return work
         return None
 
+    def _next(self) -> list[Work]:
+        """What is likely to be picked next, and no more of it than a batch holds."""
+        with self._wake:
+            jobs = sorted(self._jobs, key=lambda job: (job.priority, job._served))
+            waiting = itertools.zip_longest(*(itertools.islice(job._waiting, self._limit) for job in jobs))
+            works = [work for round_ in waiting for work in round_ if work is not None]
+        return works[: self._limit]
+
     @staticmethod
     def _fail(job: Job, work: Work, error: WhisperWorkerError) -> None:
         work.error = error
@@ -245,10 +262,8 @@ class Scheduler:
     def _recognize(self, batch: list[tuple[Job, Work]]) -> None:
         recognizer = self._recognizer
         works = [work for _, work in batch]
-        missing = [work for work in works if work.state is None]
-        if missing:
-            for work, state in zip(missing, recognizer.encode([work.mel() for work in missing]), strict=True):
-                work.state = state
+        self._ahead.encode(works)
+        self._ahead.request(self._next())
         options = works[0].options
         results: list[Any]
         if options is None:
