@@ -42,6 +42,8 @@ class Detector:
 class Scripted:
     """A recognizer whose state is the window's length in seconds; it notes what it was asked."""
 
+    max_workers = 1
+
     def __init__(self, tokenizer: Tokenizer, script: Script, languages: dict[str, float] | None = None) -> None:
         self.tokenizer, self.script = tokenizer, script
         self.languages = languages or {"en": 0.9, "de": 0.1}

@@ -21,7 +21,7 @@ OPTIONS = DecodingOptions()
 class Recorder:
     """A recognizer whose result is the window's own name; it notes every batch."""
 
-    encodes_aside = False
+    max_workers = 1
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
@@ -241,3 +241,67 @@ def test_a_window_too_wide_for_memory_costs_nobody_else_the_batch_size(
     with pytest.raises(OutOfMemory):
         job.next_done()
     assert scheduler.batch_size == 4
+
+
+class Pair(Recorder):
+    """Serves two workers; a batch that holds 0 stands still until it is let go."""
+
+    max_workers = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = threading.Semaphore(0)
+        self.let_go = threading.Event()
+        self.threads: list[int] = []
+        self.before = self._stand
+
+    def _stand(self, names: Sequence[Any]) -> None:
+        self.threads.append(torch.get_num_threads())
+        self.begun.release()
+        if 0.0 in names:
+            assert self.let_go.wait(10)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Pair, Scheduler]]:
+    threads = torch.get_num_threads()
+    recorder = Pair()
+    made = Scheduler(recorder, threads=4)  # type: ignore[arg-type]
+    yield recorder, made
+    recorder.let_go.set()
+    made.close()
+    torch.set_num_threads(threads)
+
+
+def test_a_second_worker_goes_on_while_the_first_is_busy(pair: tuple[Pair, Scheduler]) -> None:
+    recorder, scheduler = pair
+    held, quick = scheduler.open(), scheduler.open()
+    submit(held, 0)
+    assert recorder.begun.acquire(timeout=10)
+    submit(quick, 1, 2)
+    assert sorted(drain(quick, 2)) == [1, 2]
+    recorder.let_go.set()
+    assert drain(held, 1) == [0]
+
+
+def test_workers_share_what_waits_and_the_threads(pair: tuple[Pair, Scheduler]) -> None:
+    recorder, scheduler = pair
+    job = scheduler.open()
+    recorder.gate.clear()
+    with scheduler._wake:
+        for name in range(6):
+            job.submit(work(name))
+    recorder.gate.set()
+    for _ in range(2):
+        assert recorder.begun.acquire(timeout=10)
+    recorder.let_go.set()
+    assert sorted(drain(job, 6)) == list(range(6))
+    assert max(map(len, recorder.batches)) == 3
+    # The first to be busy had all four threads, the second, beside it, two.
+    assert set(recorder.threads) == {2, 4}
+
+
+def test_one_thread_is_one_worker() -> None:
+    scheduler = Scheduler(Pair(), threads=1)  # type: ignore[arg-type]
+    assert len(scheduler._workers) == 1
+    scheduler.close()

@@ -22,7 +22,8 @@ def batch_size(row_bytes: int, device: torch.device) -> int:
 
     if device.type == "cuda":
         return max(1, int(0.9 * torch.cuda.mem_get_info(device)[0] / row_bytes))
-    return max(1, min(_CPU_BATCH, int(0.5 * available_memory_bytes() / row_bytes)))
+    # Two batches may be in hand at a time.
+    return max(1, min(_CPU_BATCH, int(0.25 * available_memory_bytes() / row_bytes)))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class NativeRecognizer:
         self.tokenizer = tokenizer
         self._model = model
         device = model.device
-        self.encodes_aside = device.type == "cpu"
+        self.max_workers = 2 if device.type == "cpu" else 1
         self.info = ModelInfo(
             name=name,
             revision=revision,

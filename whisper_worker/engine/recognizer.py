@@ -91,14 +91,11 @@ class DecodingResult:
 
 
 class Recognizer(Protocol):
-    """A loaded model. Not thread-safe: the scheduler owns it and is its only caller.
-
-    ``encodes_aside``: :meth:`encode` may run in one thread while another decodes, and gains by it.
-    """
+    """A loaded model. The scheduler owns it and is its only caller, from ``max_workers`` threads at most."""
 
     info: ModelInfo
     tokenizer: Tokenizer
-    encodes_aside: bool
+    max_workers: int
 
     def default_batch_size(self) -> int:
         """Windows that may be decoded side by side in the memory now free, at least 1."""

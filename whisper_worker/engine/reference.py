@@ -44,7 +44,7 @@ _ENCODER_BATCH = 8
 class ReferenceRecognizer:
     """See :class:`whisper_worker.engine.recognizer.Recognizer`."""
 
-    encodes_aside = False
+    max_workers = 1
 
     def __init__(self, model: Any, tokenizer: Tokenizer, name: str, revision: str | None) -> None:
         self.tokenizer = tokenizer

@@ -1,10 +1,9 @@
 """One owner of the model; jobs from any thread hand in windows and get them back.
 
-A single thread runs the recognizer (on a CPU with a second one that encodes the next windows
-beside it, see encode_ahead.py). Each turn it picks the most urgent kind of work, fills a batch
-from all jobs that have such work, and runs it. Inside a priority class the job that has been
-served least (in audio seconds) goes first, so a short file behind a long one waits for a batch
-or two and not for the long one's end.
+As many workers as the recognizer serves at once (on a GPU one, on a CPU two) each take a turn: pick
+the most urgent kind of work, fill a batch from all jobs that have such work, run it. Inside a
+priority class the job that has been served least (in audio seconds) goes first, so a short file
+behind a long one waits for a batch or two and not for the long one's end.
 
 Errors stay with the window that caused them: a batch that fails is run again in halves,
 after an out-of-memory error with a lower batch size from then on.
@@ -12,7 +11,6 @@ after an out-of-memory error with a lower batch size from then on.
 
 from __future__ import annotations
 
-import itertools
 import math
 import queue
 import threading
@@ -22,7 +20,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from whisper_worker.engine.encode_ahead import EncodeAhead
 from whisper_worker.engine.recognizer import DecodingOptions, DecodingRow, Recognizer
 from whisper_worker.errors import Busy, Cancelled, EngineError, OutOfMemory, WhisperWorkerError
 from whisper_worker.log import get_logger
@@ -126,19 +123,24 @@ class Job:
 class Scheduler:
     """See the module's text.
 
-    ``batch_size`` 0 lets the recognizer size batches from free memory. ``threads``: of torch, that encoding and
-    decoding share where they run side by side.
+    ``batch_size`` 0 lets the recognizer size batches from free memory. ``threads``: of torch, which
+    the workers that are busy share.
     """
 
     def __init__(self, recognizer: Recognizer, batch_size: int = 0, threads: int = 1) -> None:
         self._recognizer = recognizer
-        self._ahead = EncodeAhead(recognizer, threads)
+        self._threads = threads
         self._limit = batch_size or recognizer.default_batch_size()
         self._jobs: list[Job] = []
         self._wake = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
-        self._thread.start()
+        self._busy = 0
+        self._workers = [
+            threading.Thread(target=self._run, name=f"scheduler-{number}", daemon=True)
+            for number in range(max(1, min(recognizer.max_workers, threads)))
+        ]
+        for worker in self._workers:
+            worker.start()
 
     @property
     def batch_size(self) -> int:
@@ -166,12 +168,12 @@ class Scheduler:
                 self._jobs.remove(job)
 
     def close(self) -> None:
-        """Stop after the batch in hand. Work still waiting is failed as Busy."""
+        """Stop after the batches in hand. Work still waiting is failed as Busy."""
         with self._wake:
             self._closed = True
-            self._wake.notify()
-        self._thread.join()
-        self._ahead.close()
+            self._wake.notify_all()
+        for worker in self._workers:
+            worker.join()
 
     def _run(self) -> None:
         while True:
@@ -184,8 +186,14 @@ class Scheduler:
                             self._fail(job, job._waiting.popleft(), Busy("The worker is shutting down; send it again."))
                     return
                 batch = self._pick()
-            if batch:
-                self._execute(batch)
+                if not batch:
+                    continue
+                self._busy += 1
+                threads = max(1, self._threads // self._busy)
+            _take_threads(threads)
+            self._execute(batch)
+            with self._wake:
+                self._busy -= 1
 
     def _pick(self) -> list[tuple[Job, Work]]:
         """Fill a batch: most urgent class, least served job first, one window of a job at a time."""
@@ -197,7 +205,9 @@ class Scheduler:
         batch: list[tuple[Job, Work]] = []
         key: tuple[object, ...] | None = None
         taken = 0
-        while ready and taken < self._limit:
+        # What waits is shared between the workers: one idles while the other does it all otherwise.
+        limit = min(self._limit, math.ceil(sum(len(job._waiting) for job in ready) / len(self._workers)))
+        while ready and taken < limit:
             job = min(ready, key=lambda candidate: (candidate.priority, candidate._served))
             work = self._take(job, key)
             if work is None:
@@ -220,14 +230,6 @@ class Scheduler:
                 job._waiting.remove(work)
                 return work
         return None
-
-    def _next(self) -> list[Work]:
-        """What is likely to be picked next, and no more of it than a batch holds."""
-        with self._wake:
-            jobs = sorted(self._jobs, key=lambda job: (job.priority, job._served))
-            waiting = itertools.zip_longest(*(itertools.islice(job._waiting, self._limit) for job in jobs))
-            works = [work for round_ in waiting for work in round_ if work is not None]
-        return works[: self._limit]
 
     @staticmethod
     def _fail(job: Job, work: Work, error: WhisperWorkerError) -> None:
@@ -262,8 +264,10 @@ class Scheduler:
     def _recognize(self, batch: list[tuple[Job, Work]]) -> None:
         recognizer = self._recognizer
         works = [work for _, work in batch]
-        self._ahead.encode(works)
-        self._ahead.request(self._next())
+        missing = [work for work in works if work.state is None]
+        if missing:
+            for work, state in zip(missing, recognizer.encode([work.mel() for work in missing]), strict=True):
+                work.state = state
         options = works[0].options
         results: list[Any]
         if options is None:
@@ -275,6 +279,15 @@ class Scheduler:
             results = list(recognizer.cross_attention([work.row() for work in works], tokens, options))
         for work, result in zip(works, results, strict=True):
             work.result = result
+
+
+def _take_threads(n: int) -> None:
+    """Have torch use ``n`` threads for the operations of the calling thread."""
+    import torch
+
+    # A thread's first look at the number overwrites its own with the process's, so it must look before it sets.
+    torch.get_num_threads()
+    torch.set_num_threads(n)
 
 
 def _wrap(error: Exception) -> EngineError:
