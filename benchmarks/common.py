@@ -271,7 +271,7 @@ class Bench:
         if spec["engine"] == OURS:
             return self._process(sys.executable, spec | {"cold": cold})
         if spec["engine"] == "faster-whisper":
-            spec["ct2_dir"] = str(self._ct2_dir())
+            spec["ct2_dir"] = str(self.ct2_dir())
         return self._process(peers_python(), spec)
 
     def _process(self, python: str, spec: dict[str, Any]) -> EngineProcess:
@@ -288,7 +288,8 @@ class Bench:
         directories = {"model_dir": str(self.files.model_dir), "processor_dir": str(self.files.processor_dir)}
         return EngineProcess(python, {**directories, "threads": self.threads, **spec}, environment)
 
-    def _ct2_dir(self) -> Path:
+    def ct2_dir(self) -> Path:
+        """The same weights for CTranslate2, converted with the peers' Python where that was not done before."""
         if self.ct2 is not None:
             return self.ct2
         weights = sorted(self.files.model_dir.glob("*.safetensors"))

@@ -237,6 +237,8 @@ def own_stdout() -> TextIO:
 def main() -> None:
     spec = json.loads(sys.argv[1])
     replies = own_stdout()
+    # This file's directory: libraries try whether there is a package of a name that a tool here bears.
+    sys.path.pop(0)
     if spec["engine"] == "convert":
         convert_to_ct2(spec)
         return

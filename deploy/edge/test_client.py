@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import secrets
+import select
 import socket
 import ssl
 import struct
@@ -81,7 +83,9 @@ class WebSocket:
             raise Failure(3, f"cannot connect: {error.strerror or error}") from error
         if parts.scheme == "wss":
             self._socket = self._secure(self._socket, parts.hostname, options)
-        self._sending = threading.Lock()
+        self._timeout = options.timeout
+        # OpenSSL lets one thread at a time use a connection: with two, a read may report an end that there was not.
+        self._using = threading.Lock()
         self._received = b""
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self._shake_hands(path, parts.netloc.rpartition("@")[2], options.key)
@@ -138,7 +142,8 @@ class WebSocket:
             if size < 65536
             else b"\xff" + struct.pack("!Q", size)
         )
-        with self._sending:
+        with self._using:
+            self._socket.settimeout(self._timeout)
             self._socket.sendall(bytes([0x80 | kind]) + length + mask + masked)
 
     def receive(self) -> tuple[int, bytes]:
@@ -163,12 +168,21 @@ class WebSocket:
 
     def _exactly(self, n: int) -> bytes:
         while len(self._received) < n:
-            data = self._socket.recv(65536)
+            data = self._read()
             if not data:
                 raise ConnectionError("closed without a farewell")
             self._received += data
         data, self._received = self._received[:n], self._received[n:]
         return data
+
+    def _read(self) -> bytes:
+        """What has come, once something has; nothing at the end. It is waited for with the connection left free."""
+        while True:
+            with self._using, contextlib.suppress(ssl.SSLWantReadError, BlockingIOError):
+                self._socket.settimeout(0)
+                return self._socket.recv(65536)
+            if not select.select([self._socket], [], [], self._timeout)[0]:
+                raise TimeoutError("no answer in time")
 
     def close(self) -> None:
         self._socket.close()
