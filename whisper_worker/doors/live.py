@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
@@ -70,6 +70,8 @@ _FAREWELL_SECONDS = 5.0
 """For a client to close the connection itself: some hang when the server does so first."""
 _FLUSH_SECONDS = 60.0
 """For the rest of the sound once no more is to come."""
+_CANCEL_SECONDS = 1.0
+"""Between two times that a task is told to end."""
 _STANDING = 64
 """Connections beyond the seats that are told to wait; still further ones are refused."""
 _MAX_FRAME_BYTES = 4 * 1024 * 1024
@@ -294,9 +296,7 @@ class _Client:
             await sending
             return over_time
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(tasks)
 
     def last_words(self) -> None:
         """All is transcribed: let the sending task end when all is sent."""
@@ -413,6 +413,16 @@ def _raise_first(done: set[asyncio.Task[Any]], but_for: type[Exception] | None =
         error = None if task.cancelled() else task.exception()
         if error is not None and not (but_for and isinstance(error, but_for)):
             raise error
+
+
+async def _end(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel them, and wait until they have ended."""
+    # Below Python 3.12 wait_for() loses a cancellation that comes together with what it waits for: say it again.
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=_CANCEL_SECONDS)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _troubled(sending: asyncio.Task[None]) -> None:

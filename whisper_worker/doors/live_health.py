@@ -76,10 +76,19 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        """At an address of either family."""
-        if address[0]:
-            self.address_family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
-        super().__init__(address, handler)
+        """At an address of either family; with none, at all of both, as the service itself listens then."""
+        host, port = address
+        self._both = not host and socket.has_dualstack_ipv6()
+        if self._both:
+            host = "::"
+        if host:
+            self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        super().__init__((host, port), handler)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not self._both)
+        super().server_bind()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Whoever asked has left; the default prints their address."""

@@ -1,0 +1,66 @@
+"""Where health is answered, and sessions that end though a cancellation was lost."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import urllib.request
+from contextlib import closing
+
+import pytest
+
+from whisper_worker.doors.live import _end
+from whisper_worker.doors.live_health import HealthServer, Vitals
+
+ADDRESSES = ("127.0.0.1", "[::1]")
+
+
+def answers(host: str, port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+async def listens(host: str) -> list[bool]:
+    """Whether a service of asyncio's, as the live service's is, takes connections at each of the addresses."""
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), host, 0)
+    async with server:
+        ports = {one.family: one.getsockname()[1] for one in server.sockets}
+        found = []
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            with socket.socket(family) as probe:
+                probe.settimeout(5)
+                found.append(family in ports and probe.connect_ex((address, ports[family])) == 0)
+        return found
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "127.0.0.1", "::", "::1"])
+def test_health_listens_where_the_service_does(host: str) -> None:
+    """With no host the service took both families, and health IPv4 alone."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            pass
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with closing(HealthServer(host, 0, Vitals(0, 1, {}))) as health:
+        assert [answers(address, health.port) for address in ADDRESSES] == asyncio.run(listens(host))
+
+
+async def test_a_lost_cancellation_is_repeated() -> None:
+    """``wait_for`` below Python 3.12 may lose one: the seat was never free again."""
+    lost = 0
+
+    async def send_for_ever() -> None:
+        nonlocal lost
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            lost += 1
+        await asyncio.Event().wait()
+
+    tasks = [asyncio.create_task(send_for_ever()), asyncio.create_task(asyncio.sleep(0))]
+    await asyncio.sleep(0)
+    await asyncio.wait_for(_end(tasks), 10)
+    assert lost == 1 and all(task.done() for task in tasks)
