@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from whisper_worker.engine.decoding import decode_batch, initial_tokens
+from whisper_worker.engine.decoding import _topk, decode_batch, initial_tokens
 from whisper_worker.engine.recognizer import DecodingOptions, DecodingResult, DecodingRow
 from whisper_worker.types import CancelToken
 
@@ -284,3 +284,12 @@ def test_prompt_and_prefix_stand_around_the_start_sequence() -> None:
     assert tokens[-3:] == [SOT, 7, 8]
     assert len(tokens) == 1 + 31 + 1 + 2
     assert math.isclose(tokens[1:-3].count(4), 6, abs_tol=1)
+
+
+@pytest.mark.parametrize("n_vocab", [100, 1024, 1500])
+def test_the_greatest_are_found_block_by_block(n_vocab: int) -> None:
+    logits = torch.rand(5, n_vocab).log()
+    logits[1, : n_vocab // 2] = -math.inf
+    logits[2, 10:13] = 1.0 + torch.arange(3)
+    logits[3, -2:] = 1.0 + torch.arange(2)
+    assert torch.equal(_topk(logits, 4), logits.topk(4, dim=-1).indices)

@@ -144,6 +144,29 @@ def test_long_texts_outgrow_the_first_cache(reference: Any, checkpoint: Path) ->
         assert torch.allclose(got[row], expected[0], atol=1e-4)
 
 
+@one_shape
+@torch.no_grad()
+def test_what_nobody_continues_any_more_is_dropped_and_not_missed(reference: Any, checkpoint: Path) -> None:
+    """Three beams of two windows that die out in different places, against one pass over each row's own past."""
+    model = weights.load(checkpoint, "float32", "cpu")
+    states = model.encode([_mel(reference, 200, 10), _mel(reference, 300, 11)])
+    rows = torch.randint(0, model.dims.n_vocab, (6, 7))
+    state = model.new_state(states, 3, 80)
+    state.step(rows)
+    for step in range(60):
+        # The first window's beams all come from one; the second's keep two apart for a while.
+        order = torch.tensor([step % 3] * 3 + ([3, 4, 4] if step % 20 else [5, 5, 5]))
+        state.reorder_rows(order)
+        added = torch.randint(0, model.dims.n_vocab, (6, 1))
+        rows = torch.cat([rows[order], added], dim=1)
+        got = state.step(added)
+    for row in range(6):
+        expected = model.new_state([states[row // 3]], 1, 80).step(rows[row : row + 1])
+        assert torch.allclose(got[row], expected[0], atol=1e-4)
+    # 3 x 67 would be all of them.
+    assert state._continues.shape[2] < 130
+
+
 @all_shapes
 @torch.no_grad()
 def test_cross_attention_equals_transformers(reference: Any, checkpoint: Path) -> None:

@@ -28,6 +28,8 @@ _COMPACT_SHARE = 0.25
 """Share of finished windows at which the caches are compacted. Each compaction copies what
 remains, so doing it for every single window costs more than the idle rows it saves."""
 
+_TOPK_BLOCK = 128
+
 
 @dataclass(slots=True)
 class _Hypothesis:
@@ -100,12 +102,14 @@ class _Rules:
             least = torch.where(self._last_timestamp < begin, torch.full_like(least, begin), least)
             least = torch.where(pair_closed, torch.full_like(least, begin + stamps.shape[1]), least)
             stamps.masked_fill_(position < least[:, None], -math.inf)
-            logits[:, : self._eot].masked_fill_(pair_open[:, None], -math.inf)
+            # Few rows at a time: a mask over all rows of the vocabulary takes as long as a layer's attention.
+            logits[pair_open.nonzero()[:, 0], : self._eot] = -math.inf
         stamps.masked_fill_(position > self._limit[:, None], -math.inf)
         # Where timestamps together are likelier than any one text token, a timestamp it is.
-        stamp_mass = torch.logsumexp(stamps, dim=-1)
+        # Their logsumexp (NaN, which exceeds nothing, where none is admitted) at a fifth of torch's own price.
+        stamp_mass = stamps.amax(dim=-1) - torch.log_softmax(stamps, dim=-1).amax(dim=-1)
         best_text = logits[:, :begin].amax(dim=-1)
-        logits[:, :begin].masked_fill_((stamp_mass > best_text)[:, None], -math.inf)
+        logits[(stamp_mass > best_text).nonzero()[:, 0], :begin] = -math.inf
 
     def accept(self, tokens: torch.Tensor) -> None:
         """Record the tokens ``(rows,)`` that were chosen."""
@@ -165,8 +169,7 @@ def decode_batch(
         if chooser is None:
             chosen, sums = _pick(logits, sums, windows, options.temperature, noise, tokenizer.eot)
         else:
-            logprobs = torch.log_softmax(logits, dim=-1)
-            order, chosen = chooser.advance(logprobs, windows, first=step == 0)
+            order, chosen = chooser.advance(logits, windows, first=step == 0)
             state.reorder_rows(order)
             rules.select(order)
         rules.accept(chosen)
@@ -206,10 +209,9 @@ def _pick(
     eot: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy choice, or sampling at a temperature, for every row; appends to the windows' hypotheses."""
-    # log softmax at the chosen place alone: the row's logit less its logsumexp.
     scores = logits if noise is None else logits / temperature + noise.draw(logits.shape[1])
     chosen = scores.argmax(dim=-1)
-    gained = logits.gather(1, chosen[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
+    gained = torch.log_softmax(logits, dim=-1).gather(1, chosen[:, None])[:, 0]
     sums = sums + gained
     picked, totals = chosen.tolist(), sums.tolist()
     place = 0
@@ -252,12 +254,12 @@ class _Beam:
         self._eot = eot
 
     def advance(
-        self, logprobs: torch.Tensor, windows: list[_Window], *, first: bool
+        self, logits: torch.Tensor, windows: list[_Window], *, first: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose each window's next beams: the rows they continue ``(rows,)`` and their tokens ``(rows,)``."""
         size = self._size
-        values, candidates = logprobs.topk(size + 1, dim=-1)
-        gains, tokens = values.tolist(), candidates.tolist()
+        candidates = _topk(logits, size + 1)
+        gains, tokens = torch.log_softmax(logits, dim=-1).gather(1, candidates).tolist(), candidates.tolist()
         order: list[int] = []
         chosen: list[int] = []
         for place, window in enumerate(windows):
@@ -294,8 +296,22 @@ class _Beam:
             if not window.done:
                 window.finished.extend(ended[: self._max_candidates - len(window.finished)])
                 window.done = len(window.finished) >= self._max_candidates or running[0].sum_logprob == -math.inf
-        device = logprobs.device
+        device = logits.device
         return torch.tensor(order, device=device), torch.tensor(chosen, device=device)
+
+
+def _topk(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Places of the k greatest of every row, greatest first: the blocks with the k greatest maxima hold them all."""
+    rows, n = logits.shape
+    n_blocks = n // _TOPK_BLOCK
+    if n_blocks < k:
+        return logits.topk(k, dim=-1).indices
+    whole = n_blocks * _TOPK_BLOCK
+    blocks = logits[:, :whole].view(rows, n_blocks, _TOPK_BLOCK).amax(dim=-1).topk(k, dim=-1).indices
+    within = torch.arange(_TOPK_BLOCK, device=logits.device)
+    rest = torch.arange(whole, n, device=logits.device).expand(rows, -1)
+    places = torch.cat([(blocks[:, :, None] * _TOPK_BLOCK + within).flatten(1), rest], dim=1)
+    return places.gather(1, logits.gather(1, places).topk(k, dim=-1).indices)
 
 
 def _finish(window: _Window, options: DecodingOptions, group: int, eot: int) -> DecodingResult:

@@ -28,7 +28,10 @@ PAD_STEP = 100
 MAX_FRAMES = 3000
 
 _CACHE_STEP = 64
-"""Tokens by which the cache of keys and values grows: few windows come near the most they may hold."""
+"""Entries by which the cache of keys and values grows: few windows come near the most they may hold."""
+
+_PRUNE_EVERY = 32
+"""Entries after which those that no row continues any more are looked for."""
 
 
 def resolve_compute_type(requested: str, device: torch.device) -> str:
@@ -198,19 +201,18 @@ class _DecoderLayer:
         self._down = weights.linear(name + "fc2")
 
     def attend_self(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
-        """``keys`` and ``values``: ``(windows, heads, length, rows of a window, head size)``.
+        """``keys`` and ``values``: ``(windows, heads, entries, head size)``.
 
-        Their last places are filled from ``x`` first. ``mask``: see :meth:`DecoderState._mask_of_rows`.
+        Their last places are filled from ``x`` first. ``mask``: see :meth:`DecoderState._add_entries`.
         """
         rows, n, width = x.shape
         windows = keys.shape[0]
         qkv = self._qkv(x).to(keys.dtype)
-        query, key, value = qkv.view(windows, -1, n, 3, self._n_head, self._head_size).unbind(3)
-        keys[:, :, -n:] = key.permute(0, 3, 2, 1, 4)
-        values[:, :, -n:] = value.permute(0, 3, 2, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            query.flatten(1, 2).transpose(1, 2), keys.flatten(2, 3), values.flatten(2, 3), mask, scale=1.0
-        )
+        # (3, windows, heads, rows of a window x n, head size)
+        query, key, value = qkv.view(windows, -1, 3, self._n_head, self._head_size).permute(2, 0, 3, 1, 4)
+        keys[:, :, -key.shape[2] :] = key
+        values[:, :, -key.shape[2] :] = value
+        mixed = F.scaled_dot_product_attention(query, keys, values, mask, scale=1.0)
         x += self._out(mixed.transpose(1, 2).reshape(rows, n, width))
 
     def attend_cross(self, x: Tensor, encoded: Tensor, mask: Tensor | None) -> Tensor:
@@ -322,7 +324,9 @@ class DecoderState:
     """The decoder's memory of a batch: the encoded windows, and keys and values of the tokens so far.
 
     Row ``window * rows_per_window + k`` is the k-th sequence of a window. A window is kept once, however
-    many sequences share it.
+    many sequences share it. So is what sequences have in common: each token of a row is an entry of its
+    window, and a row knows which entries it continues. Rows that are reordered leave entries where they
+    are; those that no row continues are dropped now and then.
     """
 
     def __init__(self, model: WhisperModel, encoded: Sequence[Tensor], rows_per_window: int, max_tokens: int) -> None:
@@ -338,11 +342,12 @@ class DecoderState:
             self._mask = self._encoded.new_zeros(self.n_windows, 1, longest)
             for window, length in enumerate(n_positions):
                 self._mask[window, :, length:] = -math.inf
-        self._max_tokens = max_tokens
-        # By layer: keys and values, (2, windows, heads, capacity, rows of a window, head size).
+        self._max_entries = rows_per_window * max_tokens
+        # By layer: keys and values, (2, windows, heads, capacity, head size).
         self._cache = self._empty_cache(0)
-        # The row of its window under which each row's token at each position was computed: (rows, position).
-        self._written_by = torch.empty(self.n_windows * rows_per_window, 0, dtype=torch.long, device=model.device)
+        # (windows, rows of a window, entries)
+        self._continues = torch.empty(self.n_windows, rows_per_window, 0, dtype=torch.bool, device=model.device)
+        self._pruned_at = 0
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, logits_at: Sequence[int] = (-1,)) -> Tensor:
@@ -357,15 +362,12 @@ class DecoderState:
 
         Into ``cross_weights`` go the weights of cross-attention by layer, as ``_DecoderLayer.attend_cross`` gives them.
         """
-        rows, n = tokens.shape
-        self._make_room(self.length + n)
+        n = tokens.shape[1]
         x = self._model.embed(tokens, self.length)
         self.length += n
-        own = torch.arange(rows, device=x.device).remainder_(self.rows_per_window)
-        self._written_by = torch.cat([self._written_by, own[:, None].expand(rows, n)], dim=1)
-        mask = self._mask_of_rows(n)
+        mask = self._add_entries(n)
         for index, layer in enumerate(self._model.layers):
-            keys, values = self._cache[index][:, :, :, : self.length]
+            keys, values = self._cache[index][:, :, :, : self._continues.shape[2]]
             layer.attend_self(x, keys, values, mask)
             weights = layer.attend_cross(x, self._encoded, self._mask)
             if cross_weights is not None:
@@ -376,42 +378,62 @@ class DecoderState:
     def _empty_cache(self, capacity: int) -> list[Tensor]:
         dims = self._model.dims
         head_size = dims.n_text_state // dims.n_text_head
-        shape = (2, self.n_windows, dims.n_text_head, capacity, self.rows_per_window, head_size)
+        shape = (2, self.n_windows, dims.n_text_head, capacity, head_size)
         dtype = torch.float32 if self._encoded.device.type == "cpu" else self._encoded.dtype
         return [torch.empty(shape, dtype=dtype, device=self._encoded.device) for _ in range(dims.n_text_layer)]
 
-    def _make_room(self, n_tokens: int) -> None:
-        if n_tokens <= self._cache[0].shape[3]:
-            return
-        capacity = min(self._max_tokens, math.ceil(n_tokens / _CACHE_STEP) * _CACHE_STEP)
-        old, self._cache = self._cache, self._empty_cache(max(capacity, n_tokens))
-        for source, target in zip(old, self._cache, strict=True):
-            target[:, :, :, : self.length] = source[:, :, :, : self.length]
-
-    def _mask_of_rows(self, n: int) -> Tensor | None:
-        """Which entries of its window's cache each of the last ``n`` tokens of a row may see.
-
-        Rows that are reordered leave their past where it is, as it would cost more to move it than to look
-        past the other rows' entries. ``(windows, 1, rows of a window x n, length x rows of a window)``.
-        """
-        if n == 1 and self.rows_per_window == 1:
+    def _add_entries(self, n: int) -> Tensor | None:
+        """Make room for ``n`` tokens of every row. Gives what is to be added to the scores of their queries,
+        ``(windows, 1, rows of a window x n, entries)``: -inf for what a query may not see."""
+        group = self.rows_per_window
+        if self._continues.shape[2] - self._pruned_at >= _PRUNE_EVERY and group > 1:
+            self._prune()
+        device = self._continues.device
+        own = torch.eye(group, dtype=torch.bool, device=device).repeat_interleave(n, dim=1)
+        self._continues = torch.cat([self._continues, own.expand(self.n_windows, -1, -1)], dim=2)
+        self._make_room(self._continues.shape[2])
+        if n == 1 and group == 1:
             return None
-        device = self._written_by.device
-        written_by = self._written_by.view(self.n_windows, self.rows_per_window, 1, self.length, 1)
-        mine = written_by == torch.arange(self.rows_per_window, device=device)
-        earlier = torch.ones(n, self.length, dtype=torch.bool, device=device).tril(self.length - n)
-        return (mine & earlier[:, :, None]).flatten(3, 4).flatten(1, 2)[:, None]
+        seen = self._continues.repeat_interleave(n, dim=1)
+        if n > 1:
+            seen[:, :, -group * n :] &= torch.ones(n, n, dtype=torch.bool, device=device).tril().repeat(group, group)
+        return torch.zeros(seen.shape, dtype=self._cache[0].dtype, device=device).masked_fill_(~seen, -math.inf)[
+            :, None
+        ]
+
+    def _make_room(self, n_entries: int) -> None:
+        filled = self._cache[0].shape[3]
+        if n_entries <= filled:
+            return
+        capacity = min(self._max_entries, math.ceil(n_entries / _CACHE_STEP) * _CACHE_STEP)
+        old, self._cache = self._cache, self._empty_cache(max(capacity, n_entries))
+        for source, target in zip(old, self._cache, strict=True):
+            target[:, :, :, :filled] = source
+
+    def _prune(self) -> None:
+        """Move the entries that some row continues to the front, where others can be dropped for it."""
+        n_entries = self._continues.shape[2]
+        alive = self._continues.any(dim=1)
+        most = int(alive.sum(dim=1).max())
+        self._pruned_at = n_entries
+        if n_entries - most < _PRUNE_EVERY // 2:
+            return
+        kept = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        self._continues = self._continues.gather(2, kept[:, None].expand(-1, self.rows_per_window, -1))
+        for entries in self._cache:
+            for window in range(self.n_windows):
+                entries[:, window, :, :most] = entries[:, window].index_select(2, kept[window])
+        self._pruned_at = most
 
     @torch.inference_mode()
     def reorder_rows(self, index: Tensor) -> None:
         """Row ``i`` continues the sequence of row ``index[i]`` (of the same window): beam search."""
-        self._written_by = self._written_by[index]
+        self._continues = self._continues.flatten(0, 1)[index].view(self._continues.shape)
 
     @torch.inference_mode()
     def keep_windows(self, index: Tensor) -> None:
         """Only the windows ``index`` stay, in that order; the others leave with their rows."""
-        written_by = self._written_by.view(self.n_windows, self.rows_per_window, -1)
-        self._written_by = written_by[index].flatten(0, 1)
+        self._continues = self._continues[index]
         for layer, entries in enumerate(self._cache):
             self._cache[layer] = entries[:, index]
         self._encoded = self._encoded[index]
