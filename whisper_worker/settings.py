@@ -101,7 +101,7 @@ class Settings:
     model_cache: Path | None = _setting(
         None,
         _path,
-        "Directory that `save_pipeline.py` filled.",
+        "Directory that `save_pipeline.py` fills and the worker reads.",
         "WHISPER_MODEL_CACHE",
         shown="`whisper_model_cache` beside `handler.py`, else `/whisper_model_cache`",
     )

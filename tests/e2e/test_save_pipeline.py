@@ -480,6 +480,38 @@ def test_from_directories(tmp_path: Path, save: Callable[..., Run], small: Path)
     assert find_model(Settings(model="org/renamed", model_cache=tmp_path / "other")).name == "org/renamed"
 
 
+def test_the_cache_of_the_environment_is_filled(tmp_path: Path, save: Callable[..., Run], small: Path) -> None:
+    cache = tmp_path / "volume"
+    done = save("--from", small, "--model", "org/small", WHISPER_MODEL_CACHE=str(cache))
+    assert done.code == 0, done.err
+    assert find_model(Settings.from_env({"WHISPER_MODEL_CACHE": str(cache)})).name == "org/small"
+    elsewhere = save("--from", small, "--output", tmp_path / "other", WHISPER_MODEL_CACHE=str(tmp_path / "unused"))
+    assert elsewhere.code == 0 and (tmp_path / "other" / "model").is_dir() and not (tmp_path / "unused").exists()
+    wrong = save("--from", small, MODEL_BATCH_SIZE="many")
+    assert wrong.code == 2 and "MODEL_BATCH_SIZE" in wrong.err and "Traceback" not in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        ([], "models/large-v3-turbo"),
+        (["--model", "openai/whisper-base"], "models/base"),
+        (["--model", "org/tune"], "models/org--tune"),
+        (["--from", "in/checkpoint"], "models/checkpoint"),
+        (["--from", "in/checkpoint", "--model", "tiny.en"], "models/tiny.en"),
+    ],
+)
+def test_a_mounted_volume_gets_the_model_inside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], place: str
+) -> None:
+    """It cannot be exchanged for a directory that is whole; tests/image mounts a real one."""
+    monkeypatch.setenv("WHISPER_MODEL_CACHE", str(tmp_path))
+    assert save_pipeline._request(arguments).output == tmp_path
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    assert save_pipeline._request(arguments).output == tmp_path / place
+    assert save_pipeline._request([*arguments, "--output", str(tmp_path)]).output == tmp_path
+
+
 def test_a_damaged_cache_is_saved_anew(tmp_path: Path, save: Callable[..., Run], small: Path) -> None:
     cache = tmp_path / "cache"
     assert save("--from", small, "--model", "org/small", "--output", cache).code == 0

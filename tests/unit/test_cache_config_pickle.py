@@ -208,9 +208,9 @@ def test_runtime_keys_go_at_any_depth() -> None:
 # --- scripts/inspect_config.py, as a person runs it
 
 
-def _inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def _inspect(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "inspect_config.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 
 @pytest.fixture
@@ -231,6 +231,8 @@ def test_show_and_fix(cache: Path) -> None:
     assert shown.returncode == 1
     assert "- torch_dtype: torch.float16" in shown.stdout
     assert "  chunk_length_s: 30" in shown.stdout
+
+    assert _inspect(WHISPER_MODEL_CACHE=str(cache)).stdout == shown.stdout
 
     diff = _inspect("--path", cache, "--diff")
     assert diff.returncode == 1

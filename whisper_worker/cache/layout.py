@@ -197,15 +197,15 @@ def read_model_config(model_dir: Path) -> dict[str, object]:
     return config
 
 
-def default_cache() -> Path:
-    """The directory that save_pipeline.py fills unless told otherwise: beside handler.py."""
-    return _REPOSITORY_ROOT / _CACHE_NAME
+def default_cache(settings: Settings) -> Path:
+    """The directory that save_pipeline.py fills unless told otherwise; by itself the one beside handler.py."""
+    return settings.model_cache or _REPOSITORY_ROOT / _CACHE_NAME
 
 
 def _cache_directories(settings: Settings) -> tuple[Path, ...]:
     if settings.model_cache is not None:
         return (settings.model_cache,)
-    return (default_cache(), Path("/") / _CACHE_NAME)
+    return (default_cache(settings), Path("/") / _CACHE_NAME)
 
 
 def _models_in(roots: tuple[Path, ...]) -> Iterator[Path]:

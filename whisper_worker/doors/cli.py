@@ -155,7 +155,7 @@ def get_model(settings: Settings, say: Callable[[str], None]) -> None:
             revision=None,
             directory=None,
             source="auto",
-            output=(settings.model_cache or default_cache()) / SIDE_BY_SIDE / name.short,
+            output=default_cache(settings) / SIDE_BY_SIDE / name.short,
             dtype="float16",
             force=False,
         )
