@@ -252,11 +252,15 @@ class Pair(Recorder):
         super().__init__()
         self.begun = threading.Semaphore(0)
         self.let_go = threading.Event()
-        self.threads: list[int] = []
+        self.threads: dict[str, set[int]] = {"encode": set(), "decode": set()}
         self.before = self._stand
 
+    def encode(self, mels: Sequence[torch.Tensor]) -> list[Any]:
+        self.threads["encode"].add(torch.get_num_threads())
+        return super().encode(mels)
+
     def _stand(self, names: Sequence[Any]) -> None:
-        self.threads.append(torch.get_num_threads())
+        self.threads["decode"].add(torch.get_num_threads())
         self.begun.release()
         if 0.0 in names:
             assert self.let_go.wait(10)
@@ -284,7 +288,7 @@ def test_a_second_worker_goes_on_while_the_first_is_busy(pair: tuple[Pair, Sched
     assert drain(held, 1) == [0]
 
 
-def test_workers_share_what_waits_and_the_threads(pair: tuple[Pair, Scheduler]) -> None:
+def test_workers_share_what_waits(pair: tuple[Pair, Scheduler]) -> None:
     recorder, scheduler = pair
     job = scheduler.open()
     recorder.gate.clear()
@@ -297,8 +301,15 @@ def test_workers_share_what_waits_and_the_threads(pair: tuple[Pair, Scheduler]) 
     recorder.let_go.set()
     assert sorted(drain(job, 6)) == list(range(6))
     assert max(map(len, recorder.batches)) == 3
-    # The first to be busy had all four threads, the second, beside it, two.
-    assert set(recorder.threads) == {2, 4}
+    assert recorder.threads["decode"] == {2}
+
+
+def test_a_worker_alone_encodes_with_all_threads_and_decodes_as_ever(pair: tuple[Pair, Scheduler]) -> None:
+    recorder, scheduler = pair
+    job = scheduler.open()
+    submit(job, 1)
+    drain(job, 1)
+    assert recorder.threads == {"encode": {4}, "decode": {2}}
 
 
 def test_one_thread_is_one_worker() -> None:

@@ -10,8 +10,9 @@ conversation can be played to it in microseconds. One thread or task at a time m
 The audio since the last pause (the window) is decoded again and again while it grows, each
 time forced to begin with the words already settled. A word is settled once two decodes in a
 row agree on it and the sound has gone on behind it (LocalAgreement-2: Liu et al. 2020,
-Macháček et al. 2023); a pause settles all. Settled words do not change. Segments are cut from
-settled words alone, so how text is shown does not touch how sound is cut.
+Macháček et al. 2023), the further the less sure the model is of it; a pause settles all.
+Settled words do not change. Segments are cut from settled words alone, so how text is shown
+does not touch how sound is cut.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ _INTERVAL_SECONDS = (0.35, 3.0)
 took: on a busy machine half of the time is left for windows that are over."""
 _HOLD_SECONDS = 0.4
 """Sound that must follow a word before it may settle: at the edge the model guesses."""
+_DOUBT_SECONDS = 2.0
+"""Further sound for a word of which the model is not sure, in the measure of its doubt: two decodes soon after
+another agree on a wrong word as well, and what comes behind it is what sets it right."""
 _LEAST_WORD_SECONDS, _WHOLE_WORD_SECONDS = 0.03, 0.15
 """Several words in a row that take less than this each were not said, but for those as long as a word can be."""
 _NEG_SHARE = 0.7
@@ -345,10 +349,11 @@ class LiveSession:
             return
         if hypothesis.discarded:
             return
-        end = request.start + request.seconds - _HOLD_SECONDS
+        heard = request.start + request.seconds
         agreed = 0
         for before, now in zip(self._tail, words[:-1], strict=False):
-            if folded(before.word.word) != folded(now.word.word) or now.word.end > end:
+            hold = _HOLD_SECONDS + _DOUBT_SECONDS * (1 - now.word.probability)
+            if folded(before.word.word) != folded(now.word.word) or now.word.end + hold > heard:
                 break
             agreed += 1
         self._settled.extend(words[:agreed])

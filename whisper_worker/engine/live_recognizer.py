@@ -1,7 +1,7 @@
 """What a live session asks, answered by the scheduler's model.
 
-A window that is still growing is decoded once, greedily, and believed only where a second
-decode agrees; a finished one is judged as a file's windows are, and tried again by beams.
+A window that is still growing is decoded once, and believed only where a second decode
+agrees; a finished one is judged as a file's windows are, and tried again by beams.
 Windows of all sessions share batches, finished ones before growing ones.
 """
 

@@ -2,7 +2,7 @@
 
     waveform ─ voice detector ─▶ spans ─ windows.py ─▶ windows ─ features.py ─▶ mel
                                                                                  │
-    segments ◀─ timestamps.py ─ tokens ◀─ quality.py judges ◀─ scheduler.py ◀────┘
+    segments ◀─ assembly.py ◀─ tokens ◀─ quality.py judges ◀─ scheduler.py ◀────┘
 
 A job runs in its caller's thread: it cuts the waveform, hands windows to the scheduler and
 takes the decoded ones back in whatever order they are done. A window that fails its checks
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,12 +23,13 @@ import numpy.typing as npt
 from whisper_worker.audio.vad import SpeechSpan, VoiceDetector, speech_spans
 from whisper_worker.audio.windows import PAD_SECONDS, Window, plan_windows
 from whisper_worker.engine import quality
+from whisper_worker.engine.assembly import Assembler, Decoded
 from whisper_worker.engine.quality import Attempt, Verdict
 from whisper_worker.engine.recognizer import N_FRAMES, DecodingOptions, ModelInfo
 from whisper_worker.engine.scheduler import Job, Priority, Scheduler, Work
-from whisper_worker.engine.timestamps import Piece, Spans, clip_segment, clip_word, cut_pieces, token_times, words_of
+from whisper_worker.engine.timestamps import Piece, Spans, cut_pieces
 from whisper_worker.errors import InvalidInput
-from whisper_worker.types import SAMPLE_RATE, CancelToken, Progress, Segment, TranscribeOptions, Word
+from whisper_worker.types import SAMPLE_RATE, CancelToken, Progress, Segment, TranscribeOptions
 
 if TYPE_CHECKING:
     import torch
@@ -51,14 +52,8 @@ begun and not finished, and after one that it closed (its closing time may be a 
 
 _SHORT_REST_SECONDS = 2.0
 
-_PAUSE_SECONDS = 1.0
-"""A pause this long between two words ends a segment, where word times are known."""
-
 _GAP_SECONDS = 1.0
 """Least length of detected speech without text that the receipt reports."""
-
-
-_Clip = Callable[[float, float, Sequence[tuple[float, float]]], tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +79,7 @@ class _Pending:
     language: str | None
     work: Work | None = None
     tried: list[Attempt] = field(default_factory=list)
-    kept: Attempt | None = None
-    pieces: list[Piece] = field(default_factory=list)
-    flags: set[str] = field(default_factory=set)
+    decoded: Decoded | None = None
     with_prompt: bool = True
     wide: bool = False
     """Encoded with silence up to 30 s behind it, as in Whisper's training."""
@@ -203,7 +196,9 @@ class _Run:
         if options.language not in (None, "en") and not self.info.is_multilingual:
             raise InvalidInput("The loaded model knows English only; load a multilingual one or leave language out.")
         spans, sure, windows = self._cut()
-        self.heard, self.sure = _seconds(spans), _seconds(sure)
+        self.sure = _seconds(sure)
+        duration = len(self.waveform) / SAMPLE_RATE
+        self.assembler = Assembler(self.tokenizer, self.options, _seconds(spans), self.sure, duration)
         self.total_seconds = sum(window.seconds for window in windows)
         self.done_seconds = 0.0
         self.first_start = windows[0].start if windows else 0
@@ -353,18 +348,18 @@ class _Run:
             self._submit(one)
             while self.outstanding:
                 self._handle(self.job.next_done())
-            kept = one.kept
-            if kept is None:
+            if one.decoded is None:
                 continue
-            said = tuple(token for piece in one.pieces for token in piece.tokens if token < self.tokenizer.eot)
-            self.prompt = given if kept.result.temperature > 0.5 else (*given, *said)[-223:]
+            hot = one.decoded.attempt.result.temperature > 0.5
+            self.prompt = given if hot else (*given, *self._said(one.decoded))[-223:]
         self.prompt = given
 
     def _handle(self, work: Work) -> None:
         """Take one finished piece of work a step further."""
         one: _Pending = work.key
         if work.tokens is not None:
-            self._complete(one, self._with_words(one, *work.result))
+            assert one.decoded is not None
+            self._complete(one, self.assembler.with_words(one.decoded, *work.result))
             return
         text = self.tokenizer.decode(work.result.tokens).strip()
         said = [token for token in work.result.tokens if token < self.tokenizer.eot]
@@ -391,28 +386,33 @@ class _Run:
             one.tried.clear()
             self._submit(one)
             return
-        one.kept = kept
-        self._flag(one, kept, failed=verdict is Verdict.RETRY)
-        one.pieces, read = self._pieces(one, kept)
-        self._queue_rest(one, kept, read)
-        tokens = tuple(token for piece in one.pieces for token in piece.tokens if token < self.tokenizer.eot)
+        pieces, read = self._pieces(one, kept)
+        flags = self._flags(one, kept, failed=verdict is Verdict.RETRY)
+        one.decoded = decoded = Decoded(one.window, one.language, kept, pieces, flags)
+        self._queue_rest(one, decoded, read)
+        tokens = self._said(decoded)
         if self.options.word_timestamps and tokens:
             aligned = self._work(one, DecodingOptions(task=self.options.task), tokens)
             self.job.submit(aligned)
         else:
-            self._complete(one, [self._segment(one, piece) for piece in one.pieces])
+            self._complete(one, [self.assembler.segment(decoded, piece) for piece in pieces])
 
-    def _flag(self, one: _Pending, kept: Attempt, *, failed: bool) -> None:
+    def _said(self, decoded: Decoded) -> tuple[int, ...]:
+        return tuple(token for piece in decoded.pieces for token in piece.tokens if token < self.tokenizer.eot)
+
+    def _flags(self, one: _Pending, kept: Attempt, *, failed: bool) -> set[str]:
         options = self.options
+        flags = set()
         if len(one.tried) > 1:
-            one.flags.add("fallback")
+            flags.add("fallback")
         if not one.with_prompt and quality.is_prompt_echo(kept.text, self.prompt_text):
-            one.flags.add("prompt_echo")
+            flags.add("prompt_echo")
         if failed and options.logprob_threshold is not None and kept.result.avg_logprob < options.logprob_threshold:
-            one.flags.add("low_logprob")
+            flags.add("low_logprob")
         limit = options.compression_ratio_threshold
         if kept.loop or (failed and limit is not None and kept.compression_ratio > limit):
-            one.flags.add("loop")
+            flags.add("loop")
+        return flags
 
     def _pieces(self, one: _Pending, kept: Attempt) -> tuple[list[Piece], float]:
         seconds = one.window.seconds
@@ -421,17 +421,14 @@ class _Run:
         pieces, read = cut_pieces(kept.result.tokens, self.tokenizer, seconds)
         return [piece for piece in pieces if self.tokenizer.decode(piece.tokens).strip()], read
 
-    def _queue_rest(self, one: _Pending, kept: Attempt, read: float) -> None:
+    def _queue_rest(self, one: _Pending, decoded: Decoded, read: float) -> None:
         """Decode again what lies behind the last timestamp, if there is speech in it."""
-        window = one.window
+        window, tokens = one.window, decoded.attempt.result.tokens
         at, end = window.start / SAMPLE_RATE + read, window.stop / SAMPLE_RATE
-        unfinished = kept.result.tokens and not (
-            len(kept.result.tokens) > 1
-            and kept.result.tokens[-1] >= self.tokenizer.timestamp_begin > kept.result.tokens[-2]
-        )
+        unfinished = tokens and not (len(tokens) > 1 and tokens[-1] >= self.tokenizer.timestamp_begin > tokens[-2])
         speech = self.sure.seconds(at, end)
         first = self.sure.after(at)
-        if read <= 0 or not one.pieces or first is None or speech < _REST_SECONDS[0 if unfinished else 1]:
+        if read <= 0 or not decoded.pieces or first is None or speech < _REST_SECONDS[0 if unfinished else 1]:
             return
         start = round(max(at, first - PAD_SECONDS) * SAMPLE_RATE)
         # The model saw the end of a short rest and said nothing: what it says now must be all the surer.
@@ -449,84 +446,13 @@ class _Run:
 
     # -- segments --------------------------------------------------------------------------
 
-    def _segment(self, one: _Pending, piece: Piece, words: tuple[Word, ...] | None = None) -> Segment:
-        assert one.kept is not None
-        offset = one.window.start / SAMPLE_RATE
-        if words:
-            start, end = words[0].start, words[-1].end
-        else:
-            start, end = self._clip(clip_segment, offset + piece.start, offset + piece.end)
-        flags = set(one.flags)
-        if not self.heard.near(start, end):
-            flags.add("text_over_silence")
-        result = one.kept.result
-        return Segment(
-            id=0,
-            start=start,
-            end=end,
-            text=self.tokenizer.decode(piece.tokens),
-            avg_logprob=result.avg_logprob,
-            no_speech_prob=result.no_speech_prob,
-            compression_ratio=one.kept.compression_ratio,
-            temperature=result.temperature,
-            tokens=piece.tokens,
-            seek=one.window.start // 160,
-            language=one.language,
-            words=words,
-            flags=tuple(sorted(flags)),
-        )
-
-    def _clip(self, clip: _Clip, start: float, end: float) -> tuple[float, float]:
-        """Hold times against sure speech; where there is none, against doubtful speech."""
-        clipped = clip(start, end, self.sure.near(start, end))
-        return clipped if clipped != (start, end) else clip(start, end, self.heard.near(start, end))
-
-    def _with_words(self, one: _Pending, attention: torch.Tensor, probabilities: list[float]) -> list[Segment]:
-        """Word times for the window's pieces; a piece is split where its words pause."""
-        boundaries = token_times(attention)
-        offset = one.window.start / SAMPLE_RATE
-        segments: list[Segment] = []
-        place = 0
-        for piece in one.pieces:
-            tokens = [token for token in piece.tokens if token < self.tokenizer.eot]
-            stop = place + len(tokens)
-            timed = words_of(
-                tokens,
-                boundaries[place : stop + 1],
-                probabilities[place:stop],
-                self.tokenizer,
-                one.language,
-                self.options.prepend_punctuations,
-                self.options.append_punctuations,
-            )
-            place = stop
-            run: list[Word] = []
-            run_tokens: list[int] = []
-            taken = 0
-            for word, n_tokens in timed:
-                start, end = self._clip(clip_word, offset + word.start, offset + word.end)
-                if run:
-                    start = max(start, run[-1].end)
-                placed = replace(word, start=start, end=max(start, end))
-                if run and placed.start - run[-1].end >= _PAUSE_SECONDS:
-                    segments.append(self._segment(one, replace(piece, tokens=tuple(run_tokens)), tuple(run)))
-                    run, run_tokens = [], []
-                run.append(placed)
-                run_tokens.extend(tokens[taken : taken + n_tokens])
-                taken += n_tokens
-            if run:
-                whole = not taken or len(run_tokens) == len(tokens)
-                kept = piece if whole else replace(piece, tokens=tuple(run_tokens))
-                segments.append(self._segment(one, kept, tuple(run)))
-        return segments
-
     def _complete(self, one: _Pending, segments: list[Segment]) -> None:
         """Book a window as done and let go of all segments that nothing pending precedes."""
         self.outstanding.remove(one)
         if one.work is not None:
             one.work.state = None
         self.done_seconds += one.window.seconds
-        self.waiting_segments.append((one.window.start, self._drop_over_silence(segments)))
+        self.waiting_segments.append((one.window.start, self.assembler.without_silence(segments)))
         first_pending = min((other.window.start for other in self.outstanding), default=len(self.waveform) + 1)
         ready = sorted((item for item in self.waiting_segments if item[0] < first_pending), key=lambda item: item[0])
         self.waiting_segments = [item for item in self.waiting_segments if item[0] >= first_pending]
@@ -536,41 +462,9 @@ class _Run:
         if self.on_progress:
             self.on_progress(Progress("recognize", round(self.done_seconds, 2), round(self.total_seconds, 2)))
 
-    def _drop_over_silence(self, segments: list[Segment]) -> list[Segment]:
-        """``hallucination_silence_threshold``: text inside a silence longer than this was not said."""
-        threshold = self.options.hallucination_silence_threshold
-        if threshold is None:
-            return segments
-        total = len(self.waveform) / SAMPLE_RATE
-        return [
-            segment
-            for segment in segments
-            if "text_over_silence" not in segment.flags
-            or self.heard.silence(segment.start, segment.end, total) <= threshold
-        ]
-
     def _emit(self, segment: Segment) -> None:
-        """Number a segment, hold its times in order and inside the recording, and pass it on."""
-        duration = len(self.waveform) / SAMPLE_RATE
         floor = self.segments[-1].end if self.segments else 0.0
-        words: list[Word] | None = None
-        if segment.words is not None:
-            words = []
-            for word in segment.words:
-                start = min(max(word.start, words[-1].end if words else floor), duration)
-                end = min(max(word.end, start), duration)
-                words.append(replace(word, start=round(start, 3), end=round(end, 3)))
-        start = min(max(segment.start, floor), duration)
-        end = min(max(segment.end, start), duration)
-        if words:
-            start, end = words[0].start, words[-1].end
-        done = replace(
-            segment,
-            id=len(self.segments),
-            start=round(start, 3),
-            end=round(end, 3),
-            words=tuple(words) if words is not None else None,
-        )
+        done = self.assembler.placed(segment, len(self.segments), floor)
         self.segments.append(done)
         if self.on_segment:
             self.on_segment(done)

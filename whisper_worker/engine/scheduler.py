@@ -189,8 +189,6 @@ class Scheduler:
                 if not batch:
                     continue
                 self._busy += 1
-                threads = max(1, self._threads // self._busy)
-            _take_threads(threads)
             self._execute(batch)
             with self._wake:
                 self._busy -= 1
@@ -266,8 +264,12 @@ class Scheduler:
         works = [work for _, work in batch]
         missing = [work for work in works if work.state is None]
         if missing:
+            _take_threads(self._threads // self._busy)
             for work, state in zip(missing, recognizer.encode([work.mel() for work in missing]), strict=True):
                 work.state = state
+        # A few sums differ in their last bits with the number of threads; what a job gives must not depend on
+        # who else is there. The encoder's do not.
+        _take_threads(self._threads // len(self._workers))
         options = works[0].options
         results: list[Any]
         if options is None:
@@ -282,12 +284,12 @@ class Scheduler:
 
 
 def _take_threads(n: int) -> None:
-    """Have torch use ``n`` threads for the operations of the calling thread."""
+    """Have torch use ``n`` threads, at least one, for the operations of the calling thread."""
     import torch
 
     # A thread's first look at the number overwrites its own with the process's, so it must look before it sets.
     torch.get_num_threads()
-    torch.set_num_threads(n)
+    torch.set_num_threads(max(1, n))
 
 
 def _wrap(error: Exception) -> EngineError:
