@@ -89,7 +89,7 @@ pins: venv
 	$(VENV) -m pip install --quiet uv
 	echo setuptools | $(VENV) -m uv pip compile --universal --python-version 3.10 --no-annotate --no-header --quiet \
 	  --constraints constraints.txt requirements.txt requirements-test.txt - > constraints.new
-	{ grep '^#' constraints.txt; grep -vE '^(nvidia-|cuda-|triton=)' constraints.new; } > constraints.pinned
+	{ grep '^#' constraints.txt; grep -vE '^(nvidia-[^m]|cuda-|triton=)' constraints.new; } > constraints.pinned
 	mv constraints.pinned constraints.txt && rm constraints.new
 
 clean:

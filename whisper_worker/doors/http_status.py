@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
+import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from whisper_worker.doors.http_common import Door
 from whisper_worker.doors.http_docs import errors, json_response
 from whisper_worker.doors.http_errors import RETRY_AFTER
 from whisper_worker.doors.http_jobs import Jobs
+from whisper_worker.log import get_logger
 from whisper_worker.metrics import peak_memory_mb
 from whisper_worker.settings import Settings
+
+_log = get_logger("http")
 
 
 def router(door: Door, jobs: Jobs) -> APIRouter:
@@ -91,6 +95,15 @@ _STATUS_EXAMPLE = {
     "uptime_seconds": 86.2,
     "ready": True,
     "model": {"name": "openai/whisper-large-v3-turbo", "compute_type": "float16", "device": "NVIDIA L4"},
+    "gpus": [
+        {
+            "name": "NVIDIA L4",
+            "memory_total_mb": 23034,
+            "memory_used_mb": 9120,
+            "temperature_c": 61,
+            "utilization_percent": 87,
+        }
+    ],
     "queue": {"requests_in_hand": 3, "jobs_queued": 12, "jobs_running": 4},
 }
 
@@ -150,38 +163,49 @@ def shown_settings(settings: Settings) -> dict[str, Any]:
     return shown
 
 
-def gpus() -> list[dict[str, Any]]:
-    """Name, memory, temperature and load of each card; empty without cards or the package that asks them."""
+def gpus() -> list[dict[str, Any]] | None:
+    """Name, memory in MiB, temperature and load of each card; what a card does not tell is None.
+
+    Empty without a card that has its driver, None where the driver does not answer.
+    """
     try:
-        pynvml = importlib.import_module("pynvml")
+        import pynvml
     except ImportError:
-        return []
+        return None
+    absent = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        return [_gpu(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
-        return []
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _gpu(pynvml: Any, handle: Any) -> dict[str, Any]:
-    def asked(question: Any, *arguments: Any) -> Any:
-        # Cards in virtual machines, and parts of a card, do not answer everything.
         try:
-            return question(handle, *arguments)
+            return [_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+        finally:
+            with contextlib.suppress(pynvml.NVMLError):
+                pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        if error.value in absent:
+            return []
+        _log.warning("The cards' driver does not answer", extra={"fields": {"error": type(error).__name__}})
+        return None
+
+
+def _gpu(pynvml: Any, index: int) -> dict[str, Any]:
+    def asked(question: Callable[..., Any], *arguments: Any) -> Any:
+        # Cards in virtual machines, and parts of a card, do not answer everything; a lost one nothing.
+        try:
+            return question(*arguments)
         except pynvml.NVMLError:
             return None
 
-    memory = asked(pynvml.nvmlDeviceGetMemoryInfo)
-    load = asked(pynvml.nvmlDeviceGetUtilizationRates)
+    card = asked(pynvml.nvmlDeviceGetHandleByIndex, index)
+    memory = load = name = temperature = None
+    if card is not None:
+        name = asked(pynvml.nvmlDeviceGetName, card)
+        memory = asked(pynvml.nvmlDeviceGetMemoryInfo, card)
+        temperature = asked(pynvml.nvmlDeviceGetTemperature, card, pynvml.NVML_TEMPERATURE_GPU)
+        load = asked(pynvml.nvmlDeviceGetUtilizationRates, card)
     return {
-        "name": asked(pynvml.nvmlDeviceGetName),
-        "memory_total_mb": memory and round(memory.total / 2**20),
-        "memory_used_mb": memory and round(memory.used / 2**20),
-        "temperature_c": asked(pynvml.nvmlDeviceGetTemperature, pynvml.NVML_TEMPERATURE_GPU),
-        "utilization_percent": load and load.gpu,
+        "name": name,
+        "memory_total_mb": None if memory is None else round(memory.total / 2**20),
+        "memory_used_mb": None if memory is None else round(memory.used / 2**20),
+        "temperature_c": temperature,
+        "utilization_percent": None if load is None else load.gpu,
     }
