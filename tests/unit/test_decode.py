@@ -612,15 +612,19 @@ def test_the_log_tells_the_conversion_and_no_name(tmp_path: Path, caplog: pytest
     assert "private-name" not in str(record.__dict__)
 
 
-def test_without_any_ffmpeg_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_package_s_ffmpeg_goes_before_the_system_s_and_without_any_it_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import shutil
     import sys
 
     from whisper_worker.errors import InternalError
 
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: "/systems/ffmpeg")
     find = ffmpeg_child.ffmpeg_binary.__wrapped__
-    assert Path(find()).is_file(), "the package's binary stands in for the system's"
+    assert Path(find()).is_file()
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    assert find() == "/systems/ffmpeg"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(InternalError, match="ffmpeg is missing"):
         find()

