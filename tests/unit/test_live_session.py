@@ -38,6 +38,7 @@ class Stage:
     decode_seconds: float = 0.05
     misheard: Callable[[int, int], str | None] = lambda word, decode: None
     """Number of the word and of the decode; what is heard instead."""
+    probability: Callable[[int], float] = lambda word: 0.9
     now: float = 0.0
     heard: int = 0
     n_decodes: int = 0
@@ -67,7 +68,7 @@ class Stage:
         for number, (text, start, end) in enumerate(self.words):
             if start >= request.start - 0.01 and end <= stop + 0.01 and number not in request.prefix:
                 said = self.misheard(number, self.n_decodes) or text
-                found.append(LiveWord(Word(said, start, end, 0.9), (number,)))
+                found.append(LiveWord(Word(said, start, end, self.probability(number)), (number,)))
         return Hypothesis(tuple(found))
 
     def step(self) -> bool:
@@ -145,9 +146,21 @@ def test_a_word_heard_differently_twice_waits_for_agreement() -> None:
     stage = Stage(
         spoken("yes no perhaps certainly never", pace=0.5), misheard=lambda word, n: f" {n}" if word == 0 else None
     )
-    stage.play(2.2)
+    stage.play(2.6)
     assert stage.n_decodes >= 2
     assert stage.settled[-1] == ""
+
+
+def test_a_doubtful_word_waits_for_more_of_its_context() -> None:
+    """Two decodes in a row agreed on a wrong word, which then stood there though the next one would have mended it."""
+    text = "one two three four five six seven eight nine ten"
+    sure, unsure = Stage(spoken(text)), Stage(spoken(text), probability=lambda word: 0.2 if word == 2 else 0.9)
+    for stage in (sure, unsure):
+        stage.play(3.2)
+    assert sure.settled[-1].startswith(" one two three four")
+    assert unsure.settled[-1] == " one two"
+    unsure.play(1.2)
+    assert unsure.settled[-1].startswith(" one two three four")
 
 
 def test_case_and_punctuation_do_not_hinder_agreement() -> None:
@@ -155,7 +168,7 @@ def test_case_and_punctuation_do_not_hinder_agreement() -> None:
         spoken("yes no perhaps certainly never", pace=0.5),
         misheard=lambda word, n: (" Yes.", " yes")[n % 2] if word == 0 else None,
     )
-    stage.play(2.2)
+    stage.play(2.6)
     assert stage.settled[-1].strip().lower().startswith("yes")
 
 
