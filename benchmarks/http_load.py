@@ -1,7 +1,7 @@
 """Many clients of the HTTP service at once: throughput, waiting, memory.
 
     python benchmarks/http_load.py --manifest FILE --model NAME
-        [--clients 32] [--requests 96] [--soak 300] [--peers faster-whisper-greedy]
+        [--clients 32] [--requests 96] [--soak 400] [--peers faster-whisper-greedy]
 
 The service is started as people start it. Three things are measured on the same weights:
 
@@ -10,11 +10,15 @@ The service is started as people start it. Three things are measured on the same
   the engine gives when it may fill its batches as it likes;
 - peers: the same recordings one at a time in one process, without a service in between.
 
-Then --soak further requests, a few at a time, show whether the service's memory grows.
+Then --soak further requests, four at a time, show whether the service's memory grows. A new service takes
+more with every length and mix of windows that it has not met, and gives some back every now and then. So
+the first half of the soak's requests, 200 at most, warm it up; after that its resident memory is read every
+20 requests, and the medians of the first 200 and the last 200 requests are compared.
 
 The last line is JSON: ``audio_s``; ``clients``, ``bulk`` and each peer with ``wall_s`` and ``speed``
 (audio seconds a second), the first with ``p50_s`` and ``p95_s`` of a request and ``failed``;
-``of_bulk`` and ``of_peers``: the clients' speed divided by theirs; ``rss_mb`` before and after the soak.
+``of_bulk`` and ``of_peers``: the clients' speed divided by theirs; ``soak``: ``requests``, ``failed``, and MB
+of resident memory ``before``, ``first``, ``last`` and at most (``largest``), with ``growth_percent`` of the median.
 """
 
 from __future__ import annotations
@@ -40,6 +44,9 @@ from join import SAMPLE_RATE, decode
 _READY_SECONDS = 600.0
 _REQUEST_SECONDS = 3600.0
 _GAP = bytes(2 * SAMPLE_RATE)
+_SOAK_CLIENTS = 4
+_SOAK_STEP = 20
+_SOAK_STRETCH = 200
 
 
 class Service:
@@ -136,6 +143,27 @@ def all_at_once(service: Service, entries: Sequence[Entry], clients: int) -> tup
     return time.perf_counter() - begun, seconds, failed
 
 
+def soak(service: Service, entries: Sequence[Entry], n_requests: int) -> dict[str, float]:
+    """Memory over ``n_requests``; see the module's text."""
+    waiting = cycle(entries)
+    before, read, failed = service.rss_mb(), [], 0
+    for done in range(0, n_requests, _SOAK_STEP):
+        failed += all_at_once(service, list(islice(waiting, min(_SOAK_STEP, n_requests - done))), _SOAK_CLIENTS)[2]
+        read.append(service.rss_mb())
+    stretch = min(_SOAK_STRETCH, n_requests // 2) // _SOAK_STEP or 1
+    warm = read[stretch:] or read
+    first, last = median(warm[:stretch]), median(warm[-stretch:])
+    return {
+        "requests": n_requests,
+        "failed": failed,
+        "before": before,
+        "first": first,
+        "last": last,
+        "largest": max(warm),
+        "growth_percent": 100 * (last / first - 1),
+    }
+
+
 def one_at_a_time(bench: Bench, name: str, entries: Sequence[Entry]) -> float:
     with bench.start(name) as engine:
         engine.ready()
@@ -167,7 +195,7 @@ def main() -> None:
     arguments_of.add_argument("--language", default="en", help="recordings of this language alone")
     arguments_of.add_argument("--clients", type=int, default=32)
     arguments_of.add_argument("--requests", type=int, default=96)
-    arguments_of.add_argument("--soak", type=int, default=300, help="further requests, for the memory; 0: none")
+    arguments_of.add_argument("--soak", type=int, default=400, help="further requests, for the memory; 0: none")
     arguments_of.add_argument("--batch-size", type=int, default=0, help="of ours; 0: from free memory")
     arguments = arguments_of.parse_args()
 
@@ -194,10 +222,7 @@ def main() -> None:
             "failed": failed,
         }
         results["bulk"] = {"wall_s": service.transcribe(path, arguments.language)}
-        rss_mb = [service.rss_mb()]
-        if arguments.soak:
-            all_at_once(service, list(islice(cycle(known), arguments.soak)), 4)
-            rss_mb.append(service.rss_mb())
+        memory = soak(service, known, arguments.soak) if arguments.soak else {}
     for name in arguments.peers:
         results[name] = {"wall_s": one_at_a_time(bench, name, entries)}
 
@@ -219,7 +244,12 @@ def main() -> None:
             for name, measured in results.items()
         ],
     )
-    print(f"\nresident memory: {' -> '.join(f'{value:.0f} MB' for value in rss_mb)} over {arguments.soak} requests")
+    if memory:
+        print(
+            f"\nresident memory over {arguments.soak} requests, {memory['failed']:.0f} of them failed: "
+            f"{memory['before']:.0f} MB before, then {memory['first']:.0f} to {memory['last']:.0f} MB "
+            f"({memory['growth_percent']:+.1f} %), {memory['largest']:.0f} MB at most"
+        )
     rounded = {name: {key: round(value, 3) for key, value in measured.items()} for name, measured in results.items()}
     print_json(
         {
@@ -229,7 +259,7 @@ def main() -> None:
             "peers": rounded,
             "of_bulk": round(speed / results["bulk"]["speed"], 3),
             "of_peers": {name: round(speed / results[name]["speed"], 3) for name in rounded},
-            "rss_mb": [round(value, 1) for value in rss_mb],
+            "soak": {name: round(value, 1) for name, value in memory.items()},
         }
     )
 

@@ -7,6 +7,7 @@ first job's audio is already fetched and decoded.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 _log = get_logger("service")
 
+_GIVE_BACK_SECONDS = 10.0
+"""Least time between two looks for memory to give back: what is given back must be asked for again."""
+
 _Decode = Callable[[Path, Settings, Path, CancelToken], "tuple[DecodedAudio, ...]"]
 
 
@@ -46,6 +50,7 @@ class Service:
         self._lock = threading.Lock()
         self._engine: Future[_Engine] | None = None
         self._cleaned = False
+        self._gave_back = time.monotonic()
 
     def load(self) -> None:
         """Load the model and run it once. Raises :class:`ModelError` where there is none to load."""
@@ -95,7 +100,7 @@ class Service:
         priority: Priority | None = None,
     ) -> Transcript:
         """Run one job in the calling thread. Raises typed errors only."""
-        with _typed_errors():
+        with self._job():
             timer, cancel = StageTimer(), cancel or CancelToken()
             engine, (audio,), warnings = self._prepare(job, cancel, timer, _decode_mix)
             return self._recognize(engine, job, audio, warnings, timer, cancel, on_progress, on_segment, priority)
@@ -114,7 +119,7 @@ class Service:
         """
         from whisper_worker.audio.channels import decode_channels
 
-        with _typed_errors():
+        with self._job():
             timer, cancel = StageTimer(), cancel or CancelToken()
             engine, audios, warnings = self._prepare(job, cancel, timer, decode_channels)
             return tuple(
@@ -131,7 +136,7 @@ class Service:
         """Code and probability of the language spoken, None where nobody speaks; typed errors only."""
         from whisper_worker.engine.scheduler import Priority
 
-        with _typed_errors():
+        with self._job():
             cancel = cancel or CancelToken()
             engine, (audio,), _ = self._prepare(job, cancel, StageTimer(), _decode_mix)
             return engine.pipeline.detect_language(
@@ -219,6 +224,22 @@ class Service:
             cost=round(stages["total"] / 3600 * price, 6) if price else None,
         )
 
+    @contextmanager
+    def _job(self) -> Iterator[None]:
+        """What holds for every job: typed errors, and memory given back behind it."""
+        from whisper_worker.engine.memory import give_back_unused
+
+        try:
+            with _typed_errors():
+                yield
+        finally:
+            with self._lock:
+                due = time.monotonic() - self._gave_back > _GIVE_BACK_SECONDS
+                if due:
+                    self._gave_back = time.monotonic()
+            if due:
+                give_back_unused()
+
     def close(self) -> None:
         """Stop the engine after the batch in hand."""
         with self._lock:
@@ -249,10 +270,12 @@ def _load(settings: Settings) -> _Engine:
 
     from whisper_worker.audio.vad import VoiceDetector
     from whisper_worker.cache.layout import find_model
+    from whisper_worker.engine.memory import bound_kernel_caches
     from whisper_worker.engine.pipeline import Pipeline
     from whisper_worker.engine.scheduler import Scheduler
     from whisper_worker.engine.tokenizer import Tokenizer
 
+    bound_kernel_caches()
     files = find_model(settings)
     tokenizer = Tokenizer.load(files.processor_dir / "tokenizer.json", files.model_dir / "generation_config.json")
     load: Callable[..., Recognizer]
