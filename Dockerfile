@@ -35,9 +35,12 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # storage are not used at run time, and torch's symbol tables are for debuggers; the licences stay. Bytecode is
 # written here because nobody may write it later: for what the doors import, not for the thousands of modules
 # that they do not.
+# The CUDA build of torch comes with triton, which would compile C at the first use of some kernels; there is no
+# compiler here, and without triton torch takes its own kernels.
 # (The path holds the interpreter's version, so that WORKDIR cannot name it.)
 # hadolint ignore=DL3003
 RUN cd /opt/venv/lib/python3*/site-packages || exit; \
+    pip uninstall --quiet --yes triton; \
     rm -rf torch/include torch/share torch/test; \
     find torch/bin -type f ! -name torch_shm_manager -delete; \
     strip --strip-unneeded torch/lib/libtorch_cpu.so torch/lib/libtorch_python.so; \

@@ -6,7 +6,7 @@ MODEL ?= tiny.en
 MANIFEST ?= tests/data/speech.jsonl
 
 .NOTPARALLEL:
-.PHONY: help run test test-long check bench peers pins image-test clean venv venv-test model ffmpeg browser edge-tools
+.PHONY: help run test test-long check bench peers pins image-test image-test-gpu clean venv venv-test model ffmpeg browser edge-tools
 
 help:
 	@echo 'make run      transcribe test_input.json with the RunPod worker'
@@ -15,6 +15,7 @@ help:
 	@echo 'make check    formatting, lint, types, import floors'
 	@echo 'make bench    word errors, times and cold start (MANIFEST=FILE MODEL=NAME)'
 	@echo 'make image-test   build the image with buildah, run it and the cluster manifests with podman (root)'
+	@echo 'make image-test-gpu    build the image for GPUs and look into it; no card needed (root, some 15 GB)'
 	@echo 'make peers    install other Whisper implementations into .venv-peers to compare with'
 	@echo 'make pins     resolve constraints.txt again'
 	@echo 'make clean    remove environments and caches; the model cache stays'
@@ -84,6 +85,9 @@ edge-tools:
 
 image-test: venv-test
 	$(VENV) -m pytest -q -rA tests/image/check_*.py
+
+image-test-gpu: venv-test
+	$(VENV) -m pytest -q -rA tests/image/gpu_check.py
 
 pins: venv
 	$(VENV) -m pip install --quiet uv

@@ -16,6 +16,7 @@ import pytest
 from tests.image import engine
 from tests.image.engine import container, run, running
 from tests.image.waiting import logs, ready, stop, until, within
+from tests.models import model_cache
 
 MAX_BYTES = 1_200_000_000
 """Of the image for CPUs without a model."""
@@ -95,6 +96,25 @@ def test_a_custom_job_and_a_batch_size(runpod: str, mounted: list[str], tmp_path
     answer = result_of(run(container(*options, runpod)).both)
     assert PRINTING in answer["text"].lower()
     assert answer["receipt"]["batch_size"] == 32
+
+
+def test_an_empty_volume_is_filled_and_then_used(runpod: str, tmp_path: Path) -> None:
+    """A mount point cannot be exchanged for a new directory, so the model goes inside it."""
+    tmp_path.chmod(0o777)
+    given = ["--volume", f"{model_cache('tiny.en')}:/given:ro", "--volume", f"{tmp_path}:/whisper_model_cache"]
+    command = ["python", "/save_pipeline.py", "--from", "/given", "--model", "tiny.en"]
+    filled = run(container(*HARDENED, *given, runpod, *command))
+    assert filled.code == 0, filled.both
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+    ran = run(container(*HARDENED, "--volume", f"{tmp_path}:/whisper_model_cache:ro", runpod))
+    assert ran.code == 0, ran.both
+    assert "ask what you can do for your country" in words_of(result_of(ran.both)["text"])
+
+
+def test_what_the_mounted_pipeline_config_says(runpod: str, mounted: list[str]) -> None:
+    ran = run(container(*mounted, runpod, "python", "scripts/inspect_config.py"))
+    assert ran.code == 0, ran.both
+    assert "automatic-speech-recognition" in ran.out
 
 
 def test_a_baked_model_under_every_restriction(baked: str) -> None:
@@ -201,8 +221,6 @@ def test_too_little_memory_kills_it_and_the_next_start_is_clean(
 @pytest.mark.parametrize("model", ["base"])
 def test_start_to_first_answer(runpod: str, model: str) -> None:
     """Measured, with a bound that only a broken start exceeds; docs/image.md has the figures."""
-    from tests.models import model_cache
-
     options = ["--volume", f"{model_cache(model)}:/whisper_model_cache:ro"]
     seconds = []
     for _ in range(4):

@@ -140,6 +140,28 @@ def test_what_the_platforms_hub_offers_are_settings_with_their_own_defaults() ->
         assert preset["defaults"].keys() <= offered.keys()
 
 
+def test_the_hubs_files_have_the_shape_that_it_documents() -> None:
+    """docs.runpod.io/hub/publishing-guide, the tables of hub.json and tests.json."""
+    hub, tests = read_json("hub.json"), read_json("tests.json")
+    assert hub.keys() == {"title", "description", "type", "category", "config"}
+    assert (hub["type"], hub["category"]) == ("serverless", "audio")
+    config = hub["config"]
+    needed = {"runsOn", "containerDiskInGb", "gpuCount", "gpuIds"}
+    assert needed <= config.keys() <= needed | {"allowedCudaVersions", "env", "presets"}
+    assert config["runsOn"] == "GPU" and isinstance(config["containerDiskInGb"], int)
+    for entry in config["env"]:
+        assert entry.keys() == {"key", "input"}
+        kinds = {"string": str, "number": int, "boolean": bool}
+        assert type(entry["input"]["default"]) is kinds[entry["input"]["type"]]
+        assert entry["input"].keys() >= {"name", "description"}
+    for test in tests["tests"]:
+        assert test.keys() == {"name", "input", "timeout"}
+        assert isinstance(test["timeout"], int) and test["timeout"] >= 1000, "it is in milliseconds"
+    assert tests["config"].keys() <= {"gpuTypeId", "gpuCount", "env", "allowedCudaVersions"}
+    # A test on hosts that the endpoint would not take waits for ever.
+    assert set(tests["config"]["allowedCudaVersions"]) <= set(config["allowedCudaVersions"])
+
+
 def test_the_batch_sizes_of_the_hub_are_those_of_the_readme() -> None:
     table = re.findall(r"^\| (\d+ GB) \| (\d+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     presets = read_json("hub.json")["config"]["presets"]
