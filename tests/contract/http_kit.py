@@ -35,6 +35,7 @@ JFK = SPEECH / "jfk.flac"
 PRINTING = SPEECH / "LJ001-0001.flac"
 STEW = SPEECH / "1089-134686-0000.flac"
 SILENCE = SPEECH / "silence_3s.flac"
+GERMAN = SPEECH / "test_de.flac"
 
 _T = TypeVar("_T")
 
@@ -48,23 +49,23 @@ def until(condition: Callable[[], _T], seconds: float = 30.0) -> _T:
     return value
 
 
-def base_settings(**changes: Any) -> Settings:
-    return replace(Settings(), model_cache=model_cache("tiny.en"), threads=2, **changes)
+def base_settings(model: str = "tiny.en", **changes: Any) -> Settings:
+    return replace(Settings(), model_cache=model_cache(model), threads=2, **changes)
 
 
 @cache
-def loaded_service() -> Service:
-    """One model for all tests of the process."""
-    service = Service(base_settings())
+def loaded_service(model: str = "tiny.en") -> Service:
+    """One of each model for all tests of the process."""
+    service = Service(base_settings(model))
     service.load()
     return service
 
 
 @contextlib.contextmanager
-def serving(jobs_dir: Path, **changes: Any) -> Iterator[httpx.Client]:
+def serving(jobs_dir: Path, model: str = "tiny.en", **changes: Any) -> Iterator[httpx.Client]:
     """The service under these settings, and a client of it."""
-    settings = base_settings(**changes)
-    app = create_app(loaded_service(), settings, jobs_dir)
+    settings = base_settings(model, **changes)
+    app = create_app(loaded_service(model), settings, jobs_dir)
     listener = socket.create_server(("127.0.0.1", 0))
     server = Server(app, settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -57,7 +57,7 @@ OPTIONS: dict[str, Schema] = {
     "task": {"type": "string", "enum": ["transcribe", "translate"], "default": "transcribe"},
     "temperature": _number("0 takes the likeliest tokens; raised by itself where a window fails.", 0, 2, 0),
     "best_of": _integer("Samples compared at temperatures above 0.", 1, 100),
-    "beam_size": _integer("Beams of the search at temperature 0; left out: greedy.", 1, 100),
+    "beam_size": _integer("Beams of the search at temperature 0; 1 is greedy; left out, the engine chooses.", 1, 100),
     "patience": _number("Of the beam search.", 0.01, 100),
     "length_penalty": _number("Left out: the mean log probability.", 0, 1),
     "suppress_tokens": _text("Token ids, separated by commas; -1 stands for symbols that nobody speaks.", "-1"),

@@ -172,10 +172,11 @@ def render(order: SpeechOrder, transcript: Transcript) -> str | dict[str, Any]:
         return formats.write(transcript, order.response_format)
     result: dict[str, Any] = {"text": transcript.text, "usage": _usage(transcript)}
     if order.response_format == "verbose_json":
+        task = order.job.options.task
         result |= {
-            "task": order.job.options.task,
-            # The full name, as OpenAI's API gives it; an empty one where nobody speaks.
-            "language": LANGUAGES.get(transcript.language or "", ""),
+            "task": task,
+            # The full name of the text's language, as OpenAI's API gives it; an empty one where nobody speaks.
+            "language": LANGUAGES.get("en" if task == "translate" else transcript.language or "", ""),
             "duration": transcript.duration,
         }
         if order.segments:
