@@ -176,6 +176,26 @@ def test_windows_that_are_done_leave_the_batch() -> None:
     assert model.rows_stepped[-1] == 1
 
 
+@pytest.mark.parametrize("beam_size", [None, 3])
+def test_a_window_is_told_when_it_is_done_and_once(beam_size: int | None) -> None:
+    def script(state: float, row: list[int]) -> dict[int, float]:
+        said = len(row) - 1
+        return {stamp(0): 9.0} if said == 0 else {1: 9.0} if said <= state else {EOT: 9.0}
+
+    model = Model(script)
+    told: list[tuple[int, DecodingResult, int]] = []
+    results = decode_batch(
+        model,  # type: ignore[arg-type]
+        Tokens(),  # type: ignore[arg-type]
+        [DecodingRow(state, "en") for state in (20.0, 2.0, 9.0)],
+        DecodingOptions(beam_size=beam_size),
+        done=lambda place, result: told.append((place, result, len(model.rows_stepped))),
+    )
+    assert [place for place, _, _ in told] == [1, 2, 0]
+    assert [result for _, result, _ in sorted(told, key=lambda one: one[0])] == results
+    assert told[0][2] < told[1][2] < told[2][2]
+
+
 def test_a_row_alone_and_in_a_batch_gives_the_same() -> None:
     def script(state: float, row: list[int]) -> dict[int, float]:
         said = len(row) - 1

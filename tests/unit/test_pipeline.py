@@ -64,7 +64,7 @@ class Scripted:
         return [dict(self.languages) for _ in states]
 
     def decode(
-        self, rows: Sequence[DecodingRow], options: DecodingOptions, cancel: Sequence[CancelToken | None]
+        self, rows: Sequence[DecodingRow], options: DecodingOptions, cancel: Sequence[CancelToken | None], done: object
     ) -> list[DecodingResult]:
         results = []
         for row in rows:

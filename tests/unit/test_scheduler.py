@@ -29,6 +29,7 @@ class Recorder:
         self.gate = threading.Event()
         self.gate.set()
         self.before: Callable[[Sequence[Any]], None] = lambda names: None
+        self.early: set[int] = set()
 
     def default_batch_size(self) -> int:
         return 4
@@ -40,9 +41,18 @@ class Recorder:
     def detect_language(self, states: Sequence[Any]) -> list[dict[str, float]]:
         return [{"en": 1.0} for _ in states]
 
-    def decode(self, rows: Sequence[DecodingRow], options: DecodingOptions, cancel: object) -> list[DecodingResult]:
+    def decode(
+        self,
+        rows: Sequence[DecodingRow],
+        options: DecodingOptions,
+        cancel: object,
+        done: Callable[[int, DecodingResult], None],
+    ) -> list[DecodingResult]:
         names = [row.state for row in rows]
         self.gate.wait(5)
+        for place, name in enumerate(names):
+            if name in self.early:
+                done(place, DecodingResult((int(name),), 0.0, 0.0, options.temperature))
         self.before(names)
         self.batches.append(names)
         return [DecodingResult((int(name),), 0.0, 0.0, options.temperature) for name in names]
@@ -151,6 +161,26 @@ def test_a_failing_window_fails_its_own_job_only(scheduler: Scheduler, recorder:
     assert sorted(drain(good, 3)) == [0, 1, 2]
     with pytest.raises(EngineError):
         bad.next_done()
+
+
+def test_a_window_that_is_done_leaves_before_its_batch_and_once(scheduler: Scheduler, recorder: Recorder) -> None:
+    go_on = threading.Event()
+
+    def stand_then_fail(names: Sequence[Any]) -> None:
+        assert go_on.wait(10)
+        if len(names) > 1:
+            raise ValueError("after the first was given away")
+
+    recorder.before, recorder.early = stand_then_fail, {1}
+    short, long = scheduler.open(), scheduler.open()
+    with scheduler._wake:
+        submit(short, 1)
+        submit(long, 2)
+    assert drain(short, 1) == [1]
+    go_on.set()
+    assert drain(long, 1) == [2]
+    assert recorder.batches == [[2.0]], "only what was not given away is run again"
+    assert short._done.empty()
 
 
 def test_out_of_memory_halves_the_batch_and_is_remembered(scheduler: Scheduler, recorder: Recorder) -> None:

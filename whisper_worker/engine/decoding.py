@@ -8,7 +8,7 @@ windows of any length and job run side by side, and a window that is finished le
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -141,6 +141,7 @@ def decode_batch(
     rows: Sequence[DecodingRow],
     options: DecodingOptions,
     cancel: Sequence[CancelToken | None] = (),
+    done: Callable[[int, DecodingResult], None] | None = None,
 ) -> list[DecodingResult]:
     """Decode windows side by side; see :meth:`Recognizer.decode` for the contract."""
     beam = options.beam_size if options.temperature == 0 and options.beam_size and options.beam_size > 1 else None
@@ -164,6 +165,13 @@ def decode_batch(
     results: list[DecodingResult | None] = [None] * len(rows)
     sums = torch.zeros(len(rows) * group, device=device)
     logits = logits[:, -1]
+
+    def finish(window: _Window) -> None:
+        if results[window.index] is None:
+            results[window.index] = result = _finish(window, options, group, tokenizer.eot)
+            if done is not None:
+                done(window.index, result)
+
     for step in range(max_new):
         rules.apply(logits)
         if chooser is None:
@@ -177,15 +185,14 @@ def decode_batch(
             token = cancel[window.index] if cancel else None
             if token is not None and token.cancelled:
                 window.done = True
+            if window.done:
+                finish(window)
         n_done = sum(window.done for window in windows)
         last_step = step == max_new - 1
         if n_done == len(windows) or last_step:
             break
         if n_done >= max(1.0, _COMPACT_SHARE * len(windows)):
             kept = [place for place, window in enumerate(windows) if not window.done]
-            for window in windows:
-                if window.done:
-                    results[window.index] = _finish(window, options, group, tokenizer.eot)
             windows = [windows[place] for place in kept]
             keep = torch.tensor(kept, device=device)
             state.keep_windows(keep)
@@ -196,7 +203,7 @@ def decode_batch(
                 noise.select(kept)
         logits = state.step(chosen[:, None])[:, -1]
     for window in windows:
-        results[window.index] = _finish(window, options, group, tokenizer.eot)
+        finish(window)
     return [result for result in results if result is not None]
 
 

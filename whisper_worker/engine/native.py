@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,9 +83,10 @@ class NativeRecognizer:
         rows: Sequence[DecodingRow],
         options: DecodingOptions,
         cancel: Sequence[CancelToken | None] = (),
+        done: Callable[[int, DecodingResult], None] | None = None,
     ) -> list[DecodingResult]:
         with out_of_memory():
-            return decode_batch(self._model, self.tokenizer, rows, options, cancel)
+            return decode_batch(self._model, self.tokenizer, rows, options, cancel, done)
 
     @torch.inference_mode()
     def cross_attention(

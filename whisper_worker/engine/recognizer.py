@@ -7,7 +7,7 @@ tokens. Two stand behind this interface: ``native.py`` (this project's forward p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -119,9 +119,11 @@ class Recognizer(Protocol):
         rows: Sequence[DecodingRow],
         options: DecodingOptions,
         cancel: Sequence[CancelToken | None] = (),
+        done: Callable[[int, DecodingResult], None] | None = None,
     ) -> list[DecodingResult]:
         """Decode windows side by side; a row whose token is cancelled stops early.
 
+        ``done`` may be called with a row's place and its result as soon as that is known.
         All rows have prompts and prefixes of the same length. Raises :class:`OutOfMemory`
         or :class:`EngineError`.
         """

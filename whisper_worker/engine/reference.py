@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +137,7 @@ class ReferenceRecognizer:
         rows: Sequence[DecodingRow],
         options: DecodingOptions,
         cancel: Sequence[CancelToken | None] = (),
+        done: Callable[[int, DecodingResult], None] | None = None,
     ) -> list[DecodingResult]:
         hf = _transformers()
         n_context = self._model.config.max_target_positions

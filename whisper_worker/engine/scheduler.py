@@ -231,8 +231,9 @@ class Scheduler:
 
     @staticmethod
     def _fail(job: Job, work: Work, error: WhisperWorkerError) -> None:
-        work.error = error
-        job._done.put(work)
+        if work.result is None:
+            work.error = error
+            job._done.put(work)
 
     def _execute(self, batch: list[tuple[Job, Work]]) -> None:
         try:
@@ -250,14 +251,13 @@ class Scheduler:
                 self._fail(*batch[0], wrapped)
                 return
             self._halves(batch)
-        else:
-            for job, work in batch:
-                job._done.put(work)
 
     def _halves(self, batch: list[tuple[Job, Work]]) -> None:
-        middle = (len(batch) + 1) // 2
-        for half in (batch[:middle], batch[middle:]):
-            self._execute(half)
+        left = [(job, work) for job, work in batch if work.result is None]
+        middle = (len(left) + 1) // 2
+        for half in (left[:middle], left[middle:]):
+            if half:
+                self._execute(half)
 
     def _recognize(self, batch: list[tuple[Job, Work]]) -> None:
         recognizer = self._recognizer
@@ -272,15 +272,24 @@ class Scheduler:
         _take_threads(self._threads // len(self._workers))
         options = works[0].options
         results: list[Any]
+
+        def done(place: int, result: Any) -> None:
+            job, work = batch[place]
+            if work.result is None:
+                work.result = result
+                job._done.put(work)
+
         if options is None:
             results = list(recognizer.detect_language([work.state for work in works]))
         elif works[0].tokens is None:
-            results = list(recognizer.decode([work.row() for work in works], options, [job.cancel for job, _ in batch]))
+            cancel = [job.cancel for job, _ in batch]
+            # A short window does not wait for the long ones beside it.
+            results = list(recognizer.decode([work.row() for work in works], options, cancel, done))
         else:
             tokens = [work.tokens or () for work in works]
             results = list(recognizer.cross_attention([work.row() for work in works], tokens, options))
-        for work, result in zip(works, results, strict=True):
-            work.result = result
+        for place, result in enumerate(results):
+            done(place, result)
 
 
 def _take_threads(n: int) -> None:
