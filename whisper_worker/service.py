@@ -56,11 +56,14 @@ class Service:
         """Load the model and run it once. Raises :class:`ModelError` where there is none to load."""
         import numpy as np
 
+        from whisper_worker.engine.scheduler import Priority
         from whisper_worker.types import SAMPLE_RATE, TranscribeOptions
 
         engine = self._start_loading().result()
-        # One window of silence through every stage: the first real job finds everything touched.
-        engine.pipeline.transcribe(np.zeros(SAMPLE_RATE, dtype=np.int16), TranscribeOptions(vad=False, language="en"))
+        # One window of silence through every stage: the first real job finds everything touched. Jobs that a
+        # restart left behind run already; whoever waits for the service to be ready does not wait for them.
+        silence, options = np.zeros(SAMPLE_RATE, dtype=np.int16), TranscribeOptions(vad=False, language="en")
+        engine.pipeline.transcribe(silence, options, priority=Priority.INTERACTIVE)
 
     def pipeline(self) -> Pipeline:
         """The loaded pipeline, for a door whose sound comes while it is spoken. Raises as :meth:`load` does."""

@@ -19,7 +19,7 @@ _CPU_BATCH = 8
 
 _KERNEL_CACHES = {"LRU_CACHE_CAPACITY": 32, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 256}
 """Kernels that torch's CPU library keeps, for each thread and in all, by the variables it reads. It makes one
-for every shape of every operation and would keep 1,024 of either, most of a megabyte each."""
+for every shape of every operation and would keep 1,024 of either, tenths of a megabyte each."""
 
 
 def bound_kernel_caches() -> None:
