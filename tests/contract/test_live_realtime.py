@@ -89,6 +89,22 @@ async def test_server_vad_makes_items_of_what_is_said(server: RunningServer, spe
     assert told == one * len(transcripts)
 
 
+async def test_an_item_that_came_at_once_has_a_beginning(server: RunningServer, speech: npt.NDArray[np.int16]) -> None:
+    """Where a clause and the pause behind it were heard in one step, its speech had stopped but never started."""
+    clause = np.concatenate([speech[: 24000 * 2], np.zeros(24000, dtype=np.int16)])
+    async with client(server) as openai, openai.realtime.connect(model="whisper-1") as connection:
+        await connection.session.update(session=session())
+        await connection.input_audio_buffer.append(audio=base64.b64encode(clause.tobytes()).decode())
+        events = []
+        while not events or not events[-1].type.endswith("transcription.completed"):
+            events.append(await connection.recv())
+    told = [event for event in events if event.type.startswith("input_audio_buffer.")]
+    started, stopped, committed = told
+    assert [event.type.rpartition(".")[2] for event in told] == ["speech_started", "speech_stopped", "committed"]
+    assert started.item_id == stopped.item_id == committed.item_id == events[-1].item_id
+    assert 0 <= started.audio_start_ms < stopped.audio_end_ms <= 3000
+
+
 async def test_a_commit_ends_an_item_where_the_client_says_so(
     server: RunningServer, speech: npt.NDArray[np.int16]
 ) -> None:

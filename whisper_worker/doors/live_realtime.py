@@ -161,7 +161,7 @@ class Conversation:
         self._text += "".join(segment.text for segment in completed)
         heard = self._stream.session.speech is not None or self._text or self._commits or settled is None
         if self._item is None and heard:
-            self._begin_item()
+            self._begin_item(completed)
         text = (self._text + (settled or "")).lstrip()
         if len(text) > len(self._sent):
             self._put(
@@ -188,11 +188,13 @@ class Conversation:
             self._deaf = True
             self._sent_one.set()
 
-    def _begin_item(self) -> None:
+    def _begin_item(self, completed: Sequence[Segment]) -> None:
+        """``completed``: what is in it already, where all of it came at once."""
         self._item = "item_" + uuid.uuid4().hex[:24]
         speech = self._stream.session.speech
-        if self.config.server_vad and speech is not None:
-            self._put("input_audio_buffer.speech_started", item_id=self._item, audio_start_ms=round(1000 * speech[0]))
+        start = completed[0].start if completed else speech[0] if speech else self._item_start
+        if self.config.server_vad:
+            self._put("input_audio_buffer.speech_started", item_id=self._item, audio_start_ms=round(1000 * start))
 
     def _end_item(self, end: float) -> None:
         item, previous = self._item, self._previous_item
