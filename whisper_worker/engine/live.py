@@ -40,12 +40,12 @@ STALL_SECONDS = 1.0
 _LEAST_SPEECH_SECONDS = 0.2
 _PAD_SECONDS = 0.3
 """Real sound kept before and after the speech of a window, as far as the pause allows."""
-_WINDOW_SECONDS, _SHORT_PAUSE_SECONDS = 10.0, 0.25
+_WINDOW_SECONDS, _SHORT_PAUSE_SECONDS = 15.0, 0.25
 """From this length on a window ends in a pause, even one this short. Until then what was said before a
 pause stays in the window: its sound is the best context for what follows, but each decode costs more."""
 _SILENCE_SECONDS = 2.0
 """Silence that ends a window of any length."""
-_CAP_SECONDS, _CAP_SEARCH_SECONDS = 18.0, 6.0
+_CAP_SECONDS, _CAP_SEARCH_SECONDS = 24.0, 6.0
 """Length at which a window ends without a pause, where speech is least sure within its last stretch."""
 
 _FIRST_SECONDS = 0.5
@@ -55,7 +55,7 @@ _INTERVAL_SECONDS = (0.35, 3.0)
 took: on a busy machine half of the time is left for windows that are over."""
 _HOLD_SECONDS = 0.4
 """Sound that must follow a word before it may settle: at the edge the model guesses."""
-_DOUBT_SECONDS = 2.0
+_DOUBT_SECONDS = 1.5
 """Further sound for a word of which the model is not sure, in the measure of its doubt: two decodes soon after
 another agree on a wrong word as well, and what comes behind it is what sets it right."""
 _LEAST_WORD_SECONDS, _WHOLE_WORD_SECONDS = 0.03, 0.15
