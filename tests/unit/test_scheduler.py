@@ -147,6 +147,21 @@ def test_a_state_is_encoded_once(scheduler: Scheduler, recorder: Recorder) -> No
     assert recorder.encoded == [1]
 
 
+def test_encoded_windows_do_not_pile_up_behind_those_still_to_encode(scheduler: Scheduler, recorder: Recorder) -> None:
+    """What a window needs after its decoding, such as the times of its words, comes soon: it holds memory till then."""
+    recorder.gate.clear()
+    job = scheduler.open()
+    submit(job, *range(10))
+    time.sleep(0.05)
+    held = [work(name) for name in (20, 21)]
+    for one in held:
+        one.state = float(one.key)
+        job.submit(one)
+    recorder.gate.set()
+    drain(job, 12)
+    assert recorder.batches[1][0] == 20.0
+
+
 def test_a_failing_window_fails_its_own_job_only(scheduler: Scheduler, recorder: Recorder) -> None:
     def fail_on_seven(names: Sequence[Any]) -> None:
         if 7.0 in names:

@@ -15,7 +15,7 @@ import math
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -220,10 +220,14 @@ class Scheduler:
             batch.append((job, work))
         return batch
 
-    @staticmethod
-    def _take(job: Job, key: tuple[object, ...] | None) -> Work | None:
-        """The job's first waiting work that may join the batch."""
-        for work in job._waiting:
+    def _take(self, job: Job, key: tuple[object, ...] | None) -> Work | None:
+        """The job's first waiting work that may join the batch; of a new batch, windows that are encoded already
+        go first once they fill half of one: each holds megabytes, and behind hours of others they would add up."""
+        waiting: Sequence[Work] = job._waiting
+        if key is None:
+            encoded = [work for work in waiting if work.state is not None]
+            waiting = encoded if 2 * len(encoded) >= self._limit else waiting
+        for work in waiting:
             if key is None or work.batch_key() == key:
                 job._waiting.remove(work)
                 return work
