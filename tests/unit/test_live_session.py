@@ -308,6 +308,23 @@ def test_a_backlog_is_bounded_and_worked_off() -> None:
     assert stage.text == " some words here" * 40
 
 
+def test_a_backlog_makes_no_window_longer_than_a_model_hears() -> None:
+    """After a broken connection 28 s of speech came at once behind 12 s that were settled. Its pause came last, the
+    window was cut there, at 41 s, and of what lay behind its thirtieth second the model heard nothing."""
+    first = spoken("word " * 36, 0.5, 0.33)
+    start = first[-1][2] + 0.6
+    stage = Stage([*first, *spoken("more " * 93, start)])
+    stage.play(start)
+    assert stage.session.settled_seconds > 12
+    backlog = np.zeros(stage.session.room, dtype=np.int16)
+    stage.session.feed(backlog)
+    assert len(backlog) > 28 * SAMPLE_RATE
+    stage.end()
+    assert max(request.seconds for request in stage.requests) < 25
+    # The model on this stage understands no word that a cut goes through.
+    assert len(stage.text.split()) >= 36 + 93 - 2
+
+
 def test_a_slow_machine_decodes_less_often() -> None:
     text = " ".join(f"w{i}" for i in range(60))
     quick, slow = Stage(spoken(text)), Stage(spoken(text), decode_seconds=1.5)

@@ -7,12 +7,12 @@
 A :class:`LiveSession` does no I/O, starts nothing and reads no clock of its own, so a whole
 conversation can be played to it in microseconds. One thread or task at a time may call it.
 
-The audio since the last pause (the window) is decoded again and again while it grows, each
-time forced to begin with the words already settled. A word is settled once two decodes in a
-row agree on it and the sound has gone on behind it (LocalAgreement-2: Liu et al. 2020,
-Macháček et al. 2023), the further the less sure the model is of it; a pause settles all.
-Settled words do not change. Segments are cut from settled words alone, so how text is shown
-does not touch how sound is cut.
+The last sound (the window, up to 24 s) is decoded again and again as it grows, each time
+forced to begin with the words already settled. A word is settled once two decodes in a row
+agree on it and the sound has gone on behind it (LocalAgreement-2: Liu et al. 2020, Macháček
+et al. 2023), the further the less sure the model is of it; a pause settles all. Settled words
+do not change. A pause ends the window only where that is long enough, or the silence is.
+Segments are cut from settled words alone, so how text is shown does not touch how sound is cut.
 """
 
 from __future__ import annotations
@@ -261,9 +261,8 @@ class LiveSession:
         """The next window to decode, if there is one now. Give its hypothesis to :meth:`apply` before asking again."""
         cut = self._cut()
         if cut is not None:
-            if self._speech(cut) >= _LEAST_SPEECH_SECONDS * SAMPLE_RATE:
-                return self._window(cut, final=True)
-            if self._settled or self._tail:
+            enough = self._speech(cut) >= _LEAST_SPEECH_SECONDS * SAMPLE_RATE
+            if enough or self._settled or self._tail:
                 return self._window(cut, final=True)
             self._settle_to(cut)
             return self.request()
@@ -314,16 +313,16 @@ class LiveSession:
         pad = round(_PAD_SECONDS * SAMPLE_RATE)
         # What is settled is not decoded again: no cut before it, or the next window would begin with it.
         least = round(self._settled[-1].word.end * SAMPLE_RATE) if self._settled else self._anchor
+        cap = self._anchor + round(_CAP_SECONDS * SAMPLE_RATE)
         for place, (_, end) in enumerate(self._spans):
             is_last = place == len(self._spans) - 1
-            if is_last and self._speaking:
+            if (is_last and self._speaking) or end > cap:
                 break
             until = self._stop if is_last else self._spans[place + 1][0]
             long = end - self._anchor >= _WINDOW_SECONDS * SAMPLE_RATE
             cut = min(end + pad, until if is_last else (end + until) // 2)
             if cut >= least and until - end >= (_SHORT_PAUSE_SECONDS if long else self.pause_seconds) * SAMPLE_RATE:
                 return cut
-        cap = self._anchor + round(_CAP_SECONDS * SAMPLE_RATE)
         if self._spans and self._stop >= cap:
             low = (max(least, cap - round(_CAP_SEARCH_SECONDS * SAMPLE_RATE)) - self._base) // FRAME_SAMPLES
             high = max((cap - self._base) // FRAME_SAMPLES, low + 1)
