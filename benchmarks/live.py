@@ -17,7 +17,8 @@ the first number of clients that it does not keep up with it is asked no more.
 ``--peer`` is a Python that has whisper-live; its server gets the same weights (CTranslate2, int8),
 the voice detector's of the silero-vad package (it would fetch them), and the same clients; otherwise
 it runs as it comes, with one model for all clients. WER is of the text at the end, the last
-incomplete segment included; the batch engine's own is beside it.
+incomplete segment included; the batch engine's own is beside it. CPU is what the server's process
+takes for a minute of a client's sound, in seconds (needs Linux's /proc).
 """
 
 from __future__ import annotations
@@ -261,17 +262,26 @@ def free_port() -> int:
         return port
 
 
-def measure(name: str, port: int, said: Sequence[Speech]) -> dict[str, Any]:
+def cpu_seconds(process: int) -> float:
+    """Of all its threads so far."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(name: str, port: int, process: int, said: Sequence[Speech]) -> dict[str, Any]:
     """All clients at once; the figures of the whole."""
 
     async def all_clients() -> list[tuple[list[Heard], str]]:
         return list(await asyncio.gather(*(speak(port, one, str(number)) for number, one in enumerate(said))))
 
+    before = cpu_seconds(process)
     answers = asyncio.run(all_clients())
+    minutes = sum(len(one.waveform) for one in said) / SAMPLE_RATE / 60
     total = sum(
         (score(one.text, text, "en") for one, (_, text) in zip(said, answers, strict=True)), start=score("", "", "en")
     )
     result: dict[str, Any] = {"server": name, "clients": len(said), "wer": total.error_rate}
+    result["cpu_s_a_minute"] = round((cpu_seconds(process) - before) / minutes, 1)
     found: dict[str, list[float]] = {"shown": [], "settled": [], "completed": []}
     for one, (heard, _) in zip(said, answers, strict=True):
         for kind, values in delays(one, heard).items():
@@ -308,17 +318,17 @@ def main() -> None:
         say(f"{clients} clients, {len(said[0].waveform) / SAMPLE_RATE:.0f} s each, at the pace of speech")
         with tempfile.TemporaryDirectory() as directory:
             batch = batch_wer(bench, said, Path(directory))
-        for name in keeping_up.keys() - lost:
+        for name in [name for name in keeping_up if name not in lost]:
             started = our_server(bench, clients) if name == "ours" else peer_server(bench, arguments.peer, clients)
-            with started as (port, _):
-                one = measure(name, port, said)
+            with started as (port, process):
+                one = measure(name, port, process, said)
             results.append({**one, "batch_wer": batch, "load": round(os.getloadavg()[0], 1)})
             if one["shown_p95"] is not None and one["shown_p95"] < _KEEPS_UP_SECONDS:
                 keeping_up[name] = clients
             else:
                 lost.add(name)
     kinds = [f"{kind}_{label}" for kind in ("shown", "settled", "completed") for label in ("median", "p95")]
-    columns = ["server", "clients", *kinds, "wer", "batch_wer", "load"]
+    columns = ["server", "clients", *kinds, "wer", "batch_wer", "cpu_s_a_minute", "load"]
     print_table(columns, [[one[column] for column in columns] for one in results])
     print_json({"benchmark": "live", "model": bench.model, "keeping_up": keeping_up, "results": results})
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from common import Entry, bench_from, normalize, parser, print_json, print_table, score
-from live import FRAME, our_server, timed_entries
+from live import FRAME, cpu_seconds, our_server, timed_entries
 from websockets.asyncio.client import ClientConnection, connect
 
 from whisper_worker.audio.decode import decode
@@ -88,12 +88,6 @@ def turns(entries: Sequence[Entry], seconds: float) -> list[Turn]:
             made.append(Turn(at, hiss.astype(np.int16), ""))
         at = made[-1].end
     return made
-
-
-def cpu_seconds(process: int) -> float:
-    """Of all its threads so far."""
-    fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_mb(process: int) -> float:
