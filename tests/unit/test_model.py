@@ -175,12 +175,12 @@ def test_cross_attention_equals_transformers(reference: Any, checkpoint: Path) -
     states = model.encode(mels)
     tokens = torch.randint(0, model.dims.n_vocab, (2, 7))
     heads = [(model.dims.n_text_layer - 1, 1), (0, 0)]
-    attention, logits = model.cross_attention(states, tokens, heads)
+    attention, hidden = model.cross_attention(states, tokens, heads)
     for row, encoded in enumerate(states):
         expected = reference(
             encoder_outputs=(encoded[None],), decoder_input_ids=tokens[row : row + 1], output_attentions=True
         )
-        assert torch.allclose(logits[row], expected.logits[0], atol=2e-4)
+        assert torch.allclose(model.logits(hidden[row]), expected.logits[0], atol=2e-4)
         for place, (layer, head) in enumerate(heads):
             weights_of_head = expected.cross_attentions[layer][0, head]
             assert torch.allclose(attention[row, place, :, : len(encoded)], weights_of_head, atol=1e-5)

@@ -7,7 +7,7 @@ Hugging Face's names of the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -293,14 +293,20 @@ class WhisperModel:
         """One pass over known ``tokens`` ``(batch, n)``, one row a window.
 
         Gives the softmaxed weights of ``heads`` (layer, head) as float32 ``(batch, n_heads, n, positions)``, zero
-        beyond a window's own positions, and the logits ``(batch, n, n_vocab)``.
+        beyond a window's own positions, and the last layer's output ``(batch, n, width)``: :meth:`logits` of all
+        windows at once would be more memory than everything else.
         """
         batch, n = tokens.shape
-        weights: dict[int, Tensor] = {}
-        hidden = DecoderState(self, encoded, 1, n).forward(tokens, weights)
-        by_layer = {layer: weights[layer].view(batch, n, self.dims.n_text_head, -1) for layer, _ in heads}
-        attention = torch.stack([by_layer[layer][:, :, head] for layer, head in heads], dim=1)
-        return attention.float(), self.logits(hidden)
+        state = DecoderState(self, encoded, 1, n)
+        attention = torch.empty(batch, len(heads), n, max(len(states) for states in encoded), device=self.device)
+
+        def take(layer: int, weights: Tensor) -> None:
+            by_head = weights.view(batch, n, self.dims.n_text_head, -1)
+            for place, (wanted, head) in enumerate(heads):
+                if wanted == layer:
+                    attention[:, place] = by_head[:, :, head]
+
+        return attention, state.forward(tokens, take)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits ``(..., n_vocab)`` of the last layer's output."""
@@ -357,10 +363,11 @@ class DecoderState:
         """
         return self._model.logits(self.forward(tokens)[:, list(logits_at)])
 
-    def forward(self, tokens: Tensor, cross_weights: dict[int, Tensor] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, on_weights: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Append ``tokens``; gives the last layer's output ``(rows, n, width)``.
 
-        Into ``cross_weights`` go the weights of cross-attention by layer, as ``_DecoderLayer.attend_cross`` gives them.
+        ``on_weights`` is shown each layer's number and weights of cross-attention, as ``_DecoderLayer.attend_cross``
+        gives them.
         """
         n = tokens.shape[1]
         x = self._model.embed(tokens, self.length)
@@ -370,8 +377,8 @@ class DecoderState:
             keys, values = self._cache[index][:, :, :, : self._continues.shape[2]]
             layer.attend_self(x, keys, values, mask)
             weights = layer.attend_cross(x, self._encoded, self._mask)
-            if cross_weights is not None:
-                cross_weights[index] = weights
+            if on_weights is not None:
+                on_weights(index, weights)
             layer.feed_forward(x)
         return x
 

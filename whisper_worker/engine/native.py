@@ -111,17 +111,18 @@ class NativeRecognizer:
         for place, (prefix, sequence) in enumerate(zip(prefixes, tokens, strict=True)):
             padded[place, : n_prefix + len(sequence)] = torch.tensor([*prefix, *sequence])
         with out_of_memory():
-            attention, logits = self._model.cross_attention(
+            attention, hidden = self._model.cross_attention(
                 [row.state for row in rows], padded.to(self._model.device), heads
             )
-        results = []
-        for place, sequence in enumerate(tokens):
-            first, stop = n_prefix - 1, n_prefix - 1 + len(sequence)
-            n_positions = rows[place].state.shape[0]
-            logprobs = torch.log_softmax(logits[place, first:stop, : self.tokenizer.eot].float(), dim=-1)
-            chosen = torch.tensor(list(sequence), device=logprobs.device, dtype=torch.long)
-            probabilities: list[float] = logprobs.gather(1, chosen[:, None])[:, 0].exp().tolist()
-            results.append((attention[place, :, first : stop + 1, :n_positions], probabilities))
+            results = []
+            for place, sequence in enumerate(tokens):
+                first, stop = n_prefix - 1, n_prefix - 1 + len(sequence)
+                n_positions = rows[place].state.shape[0]
+                # One window at a time: the logits of a whole batch are a hundred megabytes and more.
+                logits = self._model.logits(hidden[place, first:stop])[:, : self.tokenizer.eot]
+                chosen = torch.tensor(list(sequence), device=logits.device, dtype=torch.long)
+                logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
+                results.append((attention[place, :, first : stop + 1, :n_positions], logprobs.exp().tolist()))
         return results
 
 
