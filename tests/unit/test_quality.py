@@ -19,10 +19,10 @@ def judge(
     return quality.judge(attempts, quality.ladder(options, ()), options, doubtful=doubtful, seconds=seconds)
 
 
-def test_the_ladder_has_few_beams_then_more_then_heat() -> None:
+def test_the_ladder_has_two_searches_by_beams_then_heat() -> None:
     steps = quality.ladder(TranscribeOptions(), ())
     assert [(step.temperature, step.beam_size, step.best_of) for step in steps] == [
-        (0.0, 3, None),
+        (0.0, 5, None),
         (0.0, 5, None),
         (0.2, None, 5),
         (0.4, None, 5),
@@ -41,6 +41,11 @@ def test_asked_for_beams_and_temperatures_are_taken_as_they_are() -> None:
 def test_one_beam_is_greedy_and_still_has_beams_to_fall_back_on() -> None:
     steps = quality.ladder(TranscribeOptions(beam_size=1), ())
     assert [(step.temperature, step.beam_size) for step in steps][:3] == [(0.0, None), (0.0, 5), (0.2, None)]
+
+
+def test_a_caller_of_the_engine_may_search_less_widely_at_first() -> None:
+    assert [step.beam_size for step in quality.ladder(TranscribeOptions(), (), beams=3)][:3] == [3, 5, None]
+    assert quality.ladder(TranscribeOptions(beam_size=4), (), beams=3)[0].beam_size == 4
 
 
 def test_no_increment_means_one_attempt() -> None:

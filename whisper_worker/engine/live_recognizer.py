@@ -30,6 +30,8 @@ _TOKEN_LIMITS = (32, 64, 128, 224)
 _TOKENS_PER_SECOND = 8.0
 """More text tokens than this a second are invented; steps, because windows of one batch share the limit."""
 _FINAL_ATTEMPTS = 3
+_BEAM = 3
+"""Fewer than for a file: a live window is decoded many times before it is final."""
 
 
 class LiveRecognizer:
@@ -52,7 +54,7 @@ class LiveRecognizer:
         self._options = options
         self._final = pipeline.scheduler.open(Priority.LIVE_FINAL, cancel)
         self._partial = pipeline.scheduler.open(Priority.LIVE_PARTIAL, cancel)
-        self._steps = quality.ladder(options, pipeline.tokenizer.non_speech_tokens)[:_FINAL_ATTEMPTS]
+        self._steps = quality.ladder(options, pipeline.tokenizer.non_speech_tokens, beams=_BEAM)[:_FINAL_ATTEMPTS]
         given = " ".join(text for text in (options.hotwords, options.initial_prompt) if text).strip()
         self._prompt = tuple(self._tokenizer.encode(" " + given)) if given else ()
         self._peak = -10.0

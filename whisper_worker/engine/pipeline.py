@@ -384,6 +384,9 @@ class _Run:
             # Was it said, or is it the prompt read back? Without the prompt only the first can happen.
             one.with_prompt = False
             one.tried.clear()
+            if one.wide:
+                # Else its second search would be the first over again.
+                one.wide, one.work = False, None
             self._submit(one)
             return
         pieces, read = self._pieces(one, kept)

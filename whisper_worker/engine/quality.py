@@ -10,10 +10,9 @@ from enum import Enum
 from whisper_worker.engine.recognizer import DecodingOptions, DecodingResult
 from whisper_worker.types import TranscribeOptions
 
-_BEAM = 3
-"""Beams where the caller names none. Two to three find most of what five find, at a fifth more than greedy costs."""
+_BEAM = 5
+"""Beams where the caller names none, and of the second search."""
 
-_FALLBACK_BEAM = 5
 _DOUBTFUL_LOGPROB = -0.7
 _DOUBTFUL_NO_SPEECH = 0.3
 """Where the voice detector is unsure, the model must be surer than usual for its text to stand."""
@@ -26,7 +25,7 @@ _LOOP_RATIO = 2.4
 
 _UNSURE_LOGPROB = -0.5
 _SHORT_SECONDS = 10.0
-"""A short window's decode less likely than this is searched again, wider and in full context, though it passes
+"""A short window's decode less likely than this is searched again, in full context, though it passes
 the thresholds: context is what it lacks, and what costs little there. Not where the caller chose the number of
 beams, and with it what a window may cost."""
 
@@ -58,8 +57,11 @@ def compression_ratio(text: str) -> float:
     return len(data) / len(zlib.compress(data)) if data else 0.0
 
 
-def ladder(options: TranscribeOptions, suppress_tokens: tuple[int, ...]) -> tuple[DecodingOptions, ...]:
-    """The attempts in order: as asked, then more beams if no number of them was asked for, then rising temperatures."""
+def ladder(
+    options: TranscribeOptions, suppress_tokens: tuple[int, ...], *, beams: int = _BEAM
+) -> tuple[DecodingOptions, ...]:
+    """The attempts in order: as asked, with ``beams`` if no number of them was asked for; a second search by beams, but
+    for a caller who chose how many; rising temperatures."""
     if isinstance(options.temperature, tuple):
         temperatures = options.temperature
     elif options.temperature_increment_on_fallback:
@@ -70,13 +72,13 @@ def ladder(options: TranscribeOptions, suppress_tokens: tuple[int, ...]) -> tupl
         temperatures = (options.temperature,)
     steps: list[DecodingOptions] = []
     for temperature in temperatures or (0.0,):
-        beams: tuple[int | None, ...] = (None,)
+        searches: tuple[int | None, ...] = (None,)
         if temperature == 0:
             # One beam is greedy decoding, which has a cheaper way of its own.
-            first = options.beam_size or _BEAM
-            beams = (first if first > 1 else None,)
+            first = options.beam_size or beams
+            searches = (first if first > 1 else None,)
             if (options.beam_size or 0) <= 1 and len(temperatures) > 1:
-                beams = (*beams, _FALLBACK_BEAM)
+                searches = (*searches, _BEAM)
         steps.extend(
             DecodingOptions(
                 task=options.task,
@@ -89,7 +91,7 @@ def ladder(options: TranscribeOptions, suppress_tokens: tuple[int, ...]) -> tupl
                 without_timestamps=options.without_timestamps,
                 seed=options.seed or 0,
             )
-            for beam in beams
+            for beam in searches
         )
     return tuple(steps)
 
@@ -121,9 +123,9 @@ def judge(
         return Verdict.ACCEPT
     if repeats or low:
         return Verdict.RETRY
-    more_beams = len(tried) == 1 and len(steps) > 1 and (steps[1].beam_size or 0) > (steps[0].beam_size or 1)
+    search_follows = len(tried) == 1 and len(steps) > 1 and steps[1].beam_size is not None
     unsure = options.logprob_threshold is not None and logprob < _UNSURE_LOGPROB
-    if unsure and more_beams and options.beam_size is None and seconds < _SHORT_SECONDS:
+    if unsure and search_follows and options.beam_size is None and seconds < _SHORT_SECONDS:
         return Verdict.RETRY
     return Verdict.ACCEPT
 
