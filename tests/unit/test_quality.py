@@ -91,8 +91,10 @@ def test_silence_needs_both_signs_but_a_doubtful_window_only_one() -> None:
 
 def test_a_repetition_that_two_searches_agree_on_was_said() -> None:
     said = "he could wait no longer " * 12
-    assert judge(tried(said), tried(said)) is Verdict.ACCEPT
-    assert judge(tried(said), tried(said + "he")) is Verdict.RETRY
+    assert judge(tried(said), tried(said)) is Verdict.RETRY, "twice by beams is one way of searching"
+    assert judge(tried(said), tried(said), tried(said)) is Verdict.ACCEPT
+    assert judge(tried(said), tried(said), tried(said + "he")) is Verdict.RETRY
+    assert judge(tried(said), tried(said), options=TranscribeOptions(beam_size=1)) is Verdict.ACCEPT
 
 
 def test_when_all_fail_the_likeliest_that_does_not_repeat_is_kept() -> None:

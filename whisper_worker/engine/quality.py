@@ -118,8 +118,14 @@ def judge(
         return Verdict.SILENCE
     limit = options.compression_ratio_threshold
     repeats = limit is not None and (last.compression_ratio > limit or last.loop)
-    if repeats and not low and not last.loop and any(_folded(other.text) == _folded(last.text) for other in tried[:-1]):
-        # Two ways of searching agree on the repetition, at a speaker's pace: it was really said.
+    ways = [(step.temperature, step.beam_size) for step in steps[: len(tried)]]
+    agreed = any(
+        way != ways[-1] and _folded(other.text) == _folded(last.text)
+        for way, other in zip(ways[:-1], tried[:-1], strict=True)
+    )
+    if repeats and not low and not last.loop and agreed:
+        # Two ways of searching agree on the repetition, at a speaker's pace: it was really said. The same way in
+        # other context is not a second one: beams end repetitions early, and do so twice.
         return Verdict.ACCEPT
     if repeats or low:
         return Verdict.RETRY
