@@ -38,6 +38,7 @@ import wave
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,18 @@ class Speech:
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """One as it came: when, and the whole text up to what is completed, settled and shown."""
+
+    at: float
+    completed: str
+    settled: str
+    shown: str
+
+
+@dataclass(frozen=True, slots=True)
 class Heard:
-    """One message as it came: when, the text's words, how many are settled and how many completed."""
+    """One message in words: how many of them are settled and how many completed."""
 
     at: float
     words: tuple[str, ...]
@@ -110,11 +121,10 @@ def speeches(entries: Sequence[Entry], n: int, seconds: float) -> list[Speech]:
     return made
 
 
-async def speak(port: int, speech: Speech, uid: str) -> tuple[list[Heard], str]:
-    """One client at the pace of speech; what it heard, and the text at the end."""
-    heard: list[Heard] = []
+async def speak(port: int, speech: Speech, uid: str) -> list[Message]:
+    """One client at the pace of speech; what it was told."""
+    told: list[Message] = []
     completed: dict[str, str] = {}
-    opened = ""
     changed = 0.0
     async with connect(f"ws://127.0.0.1:{port}/", max_size=None, ping_timeout=None) as connection:
         config = {"uid": uid, "language": "en", "task": "transcribe", "model": "base", "use_vad": True}
@@ -124,8 +134,9 @@ async def speak(port: int, speech: Speech, uid: str) -> tuple[list[Heard], str]:
         begun = time.monotonic()
 
         async def listen() -> None:
-            nonlocal opened, changed
+            nonlocal changed
             async for message in connection:
+                at = time.monotonic()
                 segments = json.loads(message).get("segments")
                 if not segments:
                     continue
@@ -133,13 +144,12 @@ async def speak(port: int, speech: Speech, uid: str) -> tuple[list[Heard], str]:
                     if segment.get("completed"):
                         completed[segment["start"]] = segment["text"]
                 last = segments[-1]
-                opened = "" if last.get("completed") else last["text"]
-                done = normalize(" ".join(completed.values()), "en").split()
-                settled = normalize(" ".join([*completed.values(), last.get("settled", "")]), "en").split()
-                words = normalize(" ".join([*completed.values(), opened]), "en").split()
-                if not heard or heard[-1].words != tuple(words):
-                    changed = time.monotonic()
-                heard.append(Heard(time.monotonic() - begun, tuple(words), len(settled), len(done)))
+                done = " ".join(completed.values())
+                settled = f"{done} {last.get('settled', '')}"
+                shown = done if last.get("completed") else f"{done} {last['text']}"
+                if not told or told[-1].shown != shown:
+                    changed = at
+                told.append(Message(at - begun, done, settled, shown))
 
         listening = asyncio.create_task(listen())
         for at in range(0, len(speech.waveform), FRAME):
@@ -157,7 +167,17 @@ async def speak(port: int, speech: Speech, uid: str) -> tuple[list[Heard], str]:
             say(f"client {uid}: the server did not close")
         except Exception as error:
             say(f"client {uid}: {type(error).__name__}")
-    return heard, " ".join([*completed.values(), opened])
+    return told
+
+
+def heard_in(told: Sequence[Message]) -> list[Heard]:
+    """Messages in normalised words: work for after the measurement, on the cores that the server needs."""
+
+    @cache
+    def words(text: str) -> tuple[str, ...]:
+        return tuple(normalize(text, "en").split())
+
+    return [Heard(one.at, words(one.shown), len(words(one.settled)), len(words(one.completed))) for one in told]
 
 
 def delays(speech: Speech, heard: Sequence[Heard]) -> dict[str, list[float]]:
@@ -271,20 +291,21 @@ def cpu_seconds(process: int) -> float:
 def measure(name: str, port: int, process: int, said: Sequence[Speech]) -> dict[str, Any]:
     """All clients at once; the figures of the whole."""
 
-    async def all_clients() -> list[tuple[list[Heard], str]]:
+    async def all_clients() -> list[list[Message]]:
         return list(await asyncio.gather(*(speak(port, one, str(number)) for number, one in enumerate(said))))
 
     before = cpu_seconds(process)
     answers = asyncio.run(all_clients())
     minutes = sum(len(one.waveform) for one in said) / SAMPLE_RATE / 60
     total = sum(
-        (score(one.text, text, "en") for one, (_, text) in zip(said, answers, strict=True)), start=score("", "", "en")
+        (score(one.text, told[-1].shown if told else "", "en") for one, told in zip(said, answers, strict=True)),
+        start=score("", "", "en"),
     )
     result: dict[str, Any] = {"server": name, "clients": len(said), "wer": total.error_rate}
     result["cpu_s_a_minute"] = round((cpu_seconds(process) - before) / minutes, 1)
     found: dict[str, list[float]] = {"shown": [], "settled": [], "completed": []}
-    for one, (heard, _) in zip(said, answers, strict=True):
-        for kind, values in delays(one, heard).items():
+    for one, told in zip(said, answers, strict=True):
+        for kind, values in delays(one, heard_in(told)).items():
             found[kind] += values
     for kind, values in found.items():
         for label, share in (("median", 50), ("p95", 95)):
