@@ -11,13 +11,14 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from whisper_worker.audio import ffmpeg_child
+from whisper_worker.audio import ffmpeg_child, plain_wav
 from whisper_worker.audio.decode import DecodedAudio, decode
 from whisper_worker.errors import AudioDecodeError, Cancelled, DeadlineExceeded, InvalidInput, TooLarge
 from whisper_worker.settings import Settings
@@ -412,6 +413,78 @@ def test_a_wav_is_read_whatever_size_its_header_gives(
         assert audio.warnings == ()
 
 
+def chunk(name: bytes, content: bytes) -> bytes:
+    return name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
+
+
+def riff(*chunks: bytes) -> bytes:
+    return chunk(b"RIFF", b"WAVE" + b"".join(chunks))
+
+
+def pcm(channels: int = 1, rate: int = SAMPLE_RATE, bits: int = 16) -> bytes:
+    size = channels * bits // 8
+    return chunk(b"fmt ", struct.pack("<HHIIHH", 1, channels, rate, rate * size, size, bits))
+
+
+PLAIN_WAVS = {
+    "bare": lambda data: riff(pcm(), chunk(b"data", data)),
+    "tags before": lambda data: riff(pcm(), chunk(b"LIST", b"INFOabc"), chunk(b"data", data)),
+    "tags behind": lambda data: riff(pcm(), chunk(b"data", data), chunk(b"LIST", b"INFO")),
+}
+OTHER_WAVS = {
+    "two channels": lambda data: riff(pcm(2), chunk(b"data", data)),
+    "another rate": lambda data: riff(pcm(rate=8000), chunk(b"data", data)),
+    "bytes": lambda data: riff(pcm(bits=8), chunk(b"data", data)),
+    "no samples": lambda data: riff(pcm(), chunk(b"data", b"")),
+    "half a sample": lambda data: riff(pcm(), chunk(b"data", data[:-1])),
+    "data twice": lambda data: riff(pcm(), chunk(b"data", data), chunk(b"data", data)),
+    "format behind": lambda data: riff(chunk(b"data", data), pcm()),
+    "format twice": lambda data: riff(pcm(), pcm(2), chunk(b"data", data)),
+    "unknown chunk": lambda data: riff(pcm(), chunk(b"abcd", b"12"), chunk(b"data", data)),
+    "many chunks": lambda data: riff(pcm(), *[chunk(b"LIST", b"")] * 100, chunk(b"data", data)),
+    "more behind": lambda data: riff(pcm(), chunk(b"data", data)) + b"12345678",
+    "cut off": lambda data: riff(pcm(), chunk(b"data", data))[:-1000],
+    "data beyond the end": lambda data: riff(pcm(), b"data" + struct.pack("<I", 2 * len(data)), data),
+    "only a header": lambda data: riff(pcm()),
+    "cut in the format": lambda data: riff(pcm()[:-4]),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN_WAVS)
+def test_a_plain_wav_needs_no_ffmpeg_and_is_what_ffmpeg_makes_of_it(
+    tmp_path: Path, voice: Int16, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(PLAIN_WAVS[kind](voice.tobytes()))
+    with monkeypatch.context() as patch:
+        patch.setattr(ffmpeg_child, "run", None)
+        audio = decode(path, SETTINGS)
+        with pytest.raises(TooLarge):
+            decode(path, Settings(max_audio_seconds=3))
+    monkeypatch.setattr(plain_wav, "find_samples", lambda *_: None)
+    expected = decode(path, SETTINGS)
+    assert np.array_equal(audio.waveform, voice) and np.array_equal(expected.waveform, voice)
+    assert audio.waveform.dtype == np.int16 and audio.waveform.flags.writeable
+    assert replace(audio, waveform=voice) == replace(expected, waveform=voice)
+
+
+@pytest.mark.parametrize("kind", OTHER_WAVS)
+def test_any_other_wav_is_left_to_ffmpeg(tmp_path: Path, voice: Int16, kind: str) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(OTHER_WAVS[kind](voice.tobytes()))
+    with path.open("rb") as file:
+        assert plain_wav.find_samples(file, path.stat().st_size) is None
+
+
+def test_a_plain_wav_that_shrinks_while_it_is_read_is_left_to_ffmpeg(tmp_path: Path, voice: Int16) -> None:
+    path = write_wav(tmp_path / "a.wav", voice)
+    with path.open("rb") as file:
+        place = plain_wav.find_samples(file, path.stat().st_size)
+        assert place == (44, len(voice))
+        os.truncate(path, 1000)
+        assert plain_wav.read_samples(file, place) is None
+
+
 # Time
 
 
@@ -474,7 +547,7 @@ def test_a_recording_may_not_be_longer_than_allowed(binary: str, made: Callable[
 def test_a_declared_length_over_the_limit_is_refused_before_it_is_decoded(
     binary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_wav(tmp_path / "a.wav", np.ones(600 * SAMPLE_RATE, np.int16))
+    path = write_wav(tmp_path / "a.wav", np.ones((600 * SAMPLE_RATE, 2), np.int16))
     n_bytes = 0
     run = ffmpeg_child.run
 

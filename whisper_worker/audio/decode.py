@@ -1,8 +1,9 @@
 """Any audio or video file to a 16 kHz mono waveform.
 
-In the ordinary case one ffmpeg process does it, without a probe before. What it says of the
-file is read from its log; only where that gives a reason (no sound in the stream taken, a
-headerless format) the file is decoded once more with other choices.
+A plain WAV file of that very form is read as it is. Otherwise, in the ordinary case, one ffmpeg
+process does it, without a probe before. What it says of the file is read from its log; only
+where that gives a reason (no sound in the stream taken, a headerless format) the file is
+decoded once more with other choices.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whisper_worker import log
-from whisper_worker.audio import ffmpeg_child, pieces
+from whisper_worker.audio import ffmpeg_child, pieces, plain_wav
 from whisper_worker.audio.downmix import BLOCK, Downmix
 from whisper_worker.errors import AudioDecodeError, InvalidInput, TooLarge
 from whisper_worker.settings import Settings
@@ -97,14 +98,15 @@ def decode(
         head = file.read(4096)
         _refuse_what_is_no_audio(head)
         n_bytes = os.fstat(file.fileno()).st_size
-        deadline = started + settings.decode_timeout
-        job = _Job(file.fileno(), n_bytes, head, settings, directory, deadline, cancel, channel)
-        # A recorder that died wrote its last header some time before: the samples behind it count as well.
-        taken = job.decode_stream(options={"ignore_length": 1} if job.riff_surplus > 0.1 * n_bytes else {})
-        if not taken.report.opened and path.suffix.lower() in _RAW_FORMATS:
-            taken = job.decode_stream(options=_RAW_FORMATS[path.suffix.lower()])
-        taken = _stream_with_sound(job, taken)
-    audio = _finish(taken, job)
+        audio = _plain(file, n_bytes, settings, cancel) if channel in (None, 0) else None
+        if audio is None:
+            deadline = started + settings.decode_timeout
+            job = _Job(file.fileno(), n_bytes, head, settings, directory, deadline, cancel, channel)
+            # A recorder that died wrote its last header some time before: the samples behind it count as well.
+            taken = job.decode_stream(options={"ignore_length": 1} if job.riff_surplus > 0.1 * n_bytes else {})
+            if not taken.report.opened and path.suffix.lower() in _RAW_FORMATS:
+                taken = job.decode_stream(options=_RAW_FORMATS[path.suffix.lower()])
+            audio = _finish(_stream_with_sound(job, taken), job)
     seconds = round(time.monotonic() - started, 3)
     fields = {"codec": audio.codec, "channels": audio.n_channels, "audio_seconds": audio.duration, "seconds": seconds}
     _log.info("Audio conversion completed", extra={"fields": fields})
@@ -121,6 +123,19 @@ def _open(path: Path) -> IO[bytes]:
         file.close()
         raise InvalidInput("The audio path is not a regular file.")
     return file
+
+
+def _plain(file: IO[bytes], n_bytes: int, settings: Settings, cancel: CancelToken | None) -> DecodedAudio | None:
+    """The file's samples where they are the waveform already; None where ffmpeg is needed."""
+    if cancel is not None:
+        cancel.check()
+    place = plain_wav.find_samples(file, n_bytes)
+    if place is None:
+        return None
+    if place[1] > settings.max_audio_seconds * SAMPLE_RATE:
+        raise _too_long(settings)
+    waveform = plain_wav.read_samples(file, place)
+    return None if waveform is None else DecodedAudio(waveform, len(waveform) / SAMPLE_RATE, 1, "pcm_s16le")
 
 
 def _refuse_what_is_no_audio(head: bytes) -> None:
