@@ -183,13 +183,19 @@ class Service:
     ) -> Transcript:
         from whisper_worker.engine.scheduler import Priority
 
+        def progressed(progress: Progress) -> None:
+            # Hours of one recording leave holes like thousands of short ones.
+            self._give_back()
+            if on_progress is not None:
+                on_progress(progress)
+
         _log.info("Starting transcription", extra={"fields": {"audio_seconds": round(audio.duration, 1)}})
         with timer.stage("recognize"):
             result = engine.pipeline.transcribe(
                 audio.waveform,
                 job.options,
                 cancel=cancel,
-                on_progress=on_progress,
+                on_progress=progressed,
                 on_segment=on_segment,
                 priority=Priority.BULK if priority is None else priority,
             )
@@ -230,18 +236,22 @@ class Service:
     @contextmanager
     def _job(self) -> Iterator[None]:
         """What holds for every job: typed errors, and memory given back behind it."""
-        from whisper_worker.engine.memory import give_back_unused
-
         try:
             with _typed_errors():
                 yield
         finally:
-            with self._lock:
-                due = time.monotonic() - self._gave_back > _GIVE_BACK_SECONDS
-                if due:
-                    self._gave_back = time.monotonic()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Give unused memory back to the system, unless that was done a moment ago."""
+        from whisper_worker.engine.memory import give_back_unused
+
+        with self._lock:
+            due = time.monotonic() - self._gave_back > _GIVE_BACK_SECONDS
             if due:
-                give_back_unused()
+                self._gave_back = time.monotonic()
+        if due:
+            give_back_unused()
 
     def close(self) -> None:
         """Stop the engine after the batch in hand."""
