@@ -72,13 +72,12 @@ class LiveRecognizer:
         tried: list[Attempt] = []
         verdict = Verdict.RETRY
         while verdict is Verdict.RETRY and len(tried) < len(steps):
-            tried.append(one.decode(steps[len(tried)], wide=len(tried) == 1))
+            tried.append(one.decode(steps[len(tried)], wide=bool(tried)))
             verdict = quality.judge(tried, steps, self._options, doubtful=request.doubtful, seconds=request.seconds)
         kept = tried[-1] if verdict is Verdict.ACCEPT else quality.best(tried, self._options)
         limit = self._options.compression_ratio_threshold
         repeats = kept.loop or (limit is not None and kept.compression_ratio > limit)
-        unsure = not request.final or repeats
-        if verdict is Verdict.SILENCE or (verdict is Verdict.RETRY and unsure):
+        if verdict is Verdict.SILENCE or (verdict is Verdict.RETRY and (repeats or not request.final)):
             return Hypothesis((), discarded=True)
         result = kept.result
         return Hypothesis(
@@ -125,8 +124,8 @@ class _Window:
 
     def decode(self, options: DecodingOptions, *, wide: bool) -> Attempt:
         """Text behind the prefix, judged together with it. ``wide``: encoded with silence up to 30 s behind it."""
-        if wide and not self._wide:
-            self._wide, self._state = True, None
+        if wide != self._wide:
+            self._wide, self._state = wide, None
         request, tokenizer = self._request, self._owner._tokenizer
         least = request.speech_seconds * _TOKENS_PER_SECOND + _TOKEN_LIMITS[0] / 2 - len(self._prefix)
         limit = next((limit for limit in _TOKEN_LIMITS if limit >= least), _TOKEN_LIMITS[-1])
