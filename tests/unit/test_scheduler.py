@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -108,6 +109,26 @@ def test_windows_of_several_jobs_share_batches_and_a_short_job_is_not_kept_waiti
     assert any(len({name >= 100 for name in batch}) == 2 for batch in recorder.batches)
     drain(long, 40)
     assert all(len(batch) <= 4 for batch in recorder.batches)
+
+
+@pytest.mark.parametrize("priority", [Priority.LIVE_FINAL, Priority.BULK])
+def test_an_idle_job_does_not_let_a_newcomer_overtake_a_long_one(
+    scheduler: Scheduler, recorder: Recorder, priority: Priority
+) -> None:
+    idle, long, newcomer = scheduler.open(priority), scheduler.open(), scheduler.open()
+    submit(idle, 1)
+    drain(idle, 1)
+    submit(long, *range(100, 120))
+    drain(long, 20)
+    recorder.batches.clear()
+    recorder.gate.clear()
+    submit(long, *range(100, 112))
+    submit(newcomer, *range(200, 212))
+    recorder.gate.set()
+    drain(long, 12)
+    drain(newcomer, 12)
+    shares = [sum(name >= 200 for name in batch) for batch in recorder.batches[1:4]]
+    assert shares == [2, 2, 2]
 
 
 def test_urgent_work_goes_first(scheduler: Scheduler, recorder: Recorder) -> None:
@@ -215,6 +236,37 @@ def test_out_of_memory_halves_the_batch_and_is_remembered(scheduler: Scheduler, 
     assert all(len(batch) <= 2 for batch in recorder.batches)
 
 
+def test_a_batch_that_did_not_fit_is_let_go_before_its_halves_run(scheduler: Scheduler, recorder: Recorder) -> None:
+    class Caches:
+        pass
+
+    held: list[weakref.ref[Caches]] = []
+    still_there: list[bool] = []
+
+    def full(names: Sequence[Any]) -> None:
+        still_there.append(any(one() is not None for one in held))
+        caches = Caches()
+        held.append(weakref.ref(caches))
+        if len(names) > 1 or 3.0 in names:
+            try:
+                raise RuntimeError("can't allocate memory")
+            except RuntimeError as error:
+                raise OutOfMemory("full") from error
+
+    recorder.before = full
+    job, bad = scheduler.open(), scheduler.open()
+    with scheduler._wake:
+        submit(job, 0, 1, 2)
+        submit(bad, 3)
+    drain(job, 3)
+    with pytest.raises(OutOfMemory) as caught:
+        bad.next_done()
+    assert len(still_there) > 4
+    assert not any(still_there)
+    assert held[-1]() is None, "nor does the error keep it"
+    assert caught.value.__cause__ is None
+
+
 def test_no_room_for_even_one_window_is_an_error(scheduler: Scheduler, recorder: Recorder) -> None:
     def never(names: Sequence[Any]) -> None:
         raise OutOfMemory("full")
@@ -239,6 +291,18 @@ def test_cancel_withdraws_what_waits(scheduler: Scheduler, recorder: Recorder) -
             job.next_done()
     drain(other, 1)
     assert sum(len(batch) for batch in recorder.batches) <= 6
+
+
+def test_a_job_that_is_cancelled_and_closed_does_not_come_back(scheduler: Scheduler) -> None:
+    token = CancelToken()
+    job = scheduler.open(cancel=token)
+    submit(job, 1)
+    drain(job, 1)
+    token.cancel()
+    job.close()
+    with pytest.raises(Cancelled):
+        submit(job, 2)
+    assert not scheduler._jobs
 
 
 def test_close_fails_what_waits_as_retryable(recorder: Recorder) -> None:

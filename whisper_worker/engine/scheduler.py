@@ -132,6 +132,8 @@ class Scheduler:
         self._threads = threads
         self._limit = batch_size or recognizer.default_batch_size()
         self._jobs: list[Job] = []
+        self._level = dict.fromkeys(Priority, 0.0)
+        """By priority: how much the job that was last given a turn had been served until then."""
         self._wake = threading.Condition()
         self._closed = False
         self._busy = 0
@@ -154,9 +156,12 @@ class Scheduler:
         with self._wake:
             if self._closed:
                 raise Busy("The worker is shutting down; send the job again.")
+            # One that another thread cancelled and closed would come back for good, with its windows.
+            job.cancel.check()
+            if not job._waiting:
+                # Who comes, or comes back, starts level with those at work, or would be owed all of the past.
+                job._served = max(job._served, self._level[job.priority])
             if job not in self._jobs:
-                # A newcomer starts level with the least served, or it would be owed all of the past.
-                job._served = max(job._served, min((other._served for other in self._jobs), default=0.0))
                 self._jobs.append(job)
             job._waiting.append(work)
             self._wake.notify()
@@ -216,6 +221,7 @@ class Scheduler:
                 break
             key = work.batch_key()
             taken += work.slots()
+            self._level[job.priority] = max(self._level[job.priority], job._served)
             job._served += work.seconds
             batch.append((job, work))
         return batch
@@ -242,19 +248,17 @@ class Scheduler:
     def _execute(self, batch: list[tuple[Job, Work]]) -> None:
         try:
             self._recognize(batch)
-        except OutOfMemory as error:
+            return
+        except Exception as error:
+            full = isinstance(error, OutOfMemory)
             if len(batch) == 1:
-                self._fail(*batch[0], error)
+                self._fail(*batch[0], _bare(error))
                 return
+        # Not in the handler: the error holds the frames that failed, and they the memory that the halves need.
+        if full:
             self._limit = max(1, min(self._limit, sum(work.slots() for _, work in batch)) // 2)
             _log.warning("Out of memory; batch size lowered", extra={"fields": {"batch_size": self._limit}})
-            self._halves(batch)
-        except Exception as error:
-            if len(batch) == 1:
-                wrapped = error if isinstance(error, WhisperWorkerError) else _wrap(error)
-                self._fail(*batch[0], wrapped)
-                return
-            self._halves(batch)
+        self._halves(batch)
 
     def _halves(self, batch: list[tuple[Job, Work]]) -> None:
         left = [(job, work) for job, work in batch if work.result is None]
@@ -305,6 +309,10 @@ def _take_threads(n: int) -> None:
     torch.set_num_threads(max(1, n))
 
 
-def _wrap(error: Exception) -> EngineError:
-    _log.error("The forward pass failed", extra={"fields": {"error": type(error).__name__}})
-    return EngineError("The model failed on this audio; try again, and report it if it fails again.")
+def _bare(error: Exception) -> WhisperWorkerError:
+    """The typed error without the frames it came through, whose tensors would live as long as it does."""
+    if not isinstance(error, WhisperWorkerError):
+        _log.error("The forward pass failed", extra={"fields": {"error": type(error).__name__}})
+        return EngineError("The model failed on this audio; try again, and report it if it fails again.")
+    error.__cause__ = error.__context__ = error.__traceback__ = None
+    return error
