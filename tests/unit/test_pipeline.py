@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -230,6 +231,49 @@ def test_each_window_is_prompted_with_the_one_before_when_asked(
     options = TranscribeOptions(condition_on_previous_text=True)
     run(recognizer, Detector((0.0, 4.0), (20.0, 24.0)), 30.0, options)
     assert [english.decode(row.prompt) for row in recognizer.rows] == ["", " One more."]
+
+
+def test_the_rest_of_a_window_and_the_next_one_are_prompted_with_what_was_read_of_it(
+    run: Callable[..., PipelineResult], english: Tokenizer
+) -> None:
+    texts = iter([" First.", " Rest.", " Next."])
+
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        end = 10.0 if seconds > 18 else seconds - 0.3
+        said: Said = [(0.0, end, next(texts))]
+        return ([*said, (end, None, " and")] if seconds > 18 else said), -0.2, 0.01
+
+    recognizer = Scripted(english, script)
+    options = TranscribeOptions(condition_on_previous_text=True, hotwords="RunPod")
+    result = run(recognizer, Detector((0.0, 20.0), (40.0, 44.0)), 50.0, options)
+    assert [segment.text for segment in result.segments] == [" First.", " Rest.", " Next."]
+    prompts = [english.decode(row.prompt) for row in recognizer.rows]
+    assert prompts == [" RunPod", " RunPod First.", " RunPod First. Rest."]
+
+
+def test_few_windows_stay_encoded_while_the_language_of_all_is_detected(
+    run: Callable[..., PipelineResult], multilingual: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class State(float):
+        pass
+
+    class Counting(Scripted):
+        def encode(self, mels: Sequence[torch.Tensor]) -> list[Any]:
+            states = [State(seconds) for seconds in super().encode(mels)]
+            alive.update(states)
+            return states
+
+        def detect_language(self, states: Sequence[Any]) -> list[dict[str, float]]:
+            most.append(len(alive))
+            return super().detect_language(states)
+
+    alive: weakref.WeakSet[State] = weakref.WeakSet()
+    most: list[int] = []
+    monkeypatch.setattr("whisper_worker.engine.pipeline._STATES_KEPT", 4)
+    spans = [(i * 10.0, i * 10.0 + 2 + i / 20) for i in range(40)]
+    result = run(Counting(multilingual, plainly()), Detector(*spans), 400.0, TranscribeOptions(multilingual=True))
+    assert len(result.segments) == 40
+    assert max(most) < 20
 
 
 def test_language_is_voted_within_the_allow_list(run: Callable[..., PipelineResult], multilingual: Tokenizer) -> None:

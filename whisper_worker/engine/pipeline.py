@@ -164,7 +164,9 @@ class _Run:
         ]
         self.attempts = quality.ladder(options, self._suppressed())
         self.prompt_text = " ".join(text for text in (options.hotwords, options.initial_prompt) if text) or None
-        self.prompt = tuple(self.tokenizer.encode(" " + self.prompt_text.strip())) if self.prompt_text else ()
+        self.given = tuple(self.tokenizer.encode(" " + self.prompt_text.strip())) if self.prompt_text else ()
+        self.prompt = self.given
+        self.previous: tuple[int, ...] = ()
         self.prefix = tuple(self.tokenizer.encode(" " + options.prefix.strip())) if options.prefix else ()
         most = self.info.max_target_positions // 4
         if len(self.prefix) > most:
@@ -172,7 +174,7 @@ class _Run:
                 f"The field prefix is longer than {most} tokens (about {most * 2 // 3} words); shorten it."
             )
         most = self.info.max_target_positions // 2 - 1
-        if len(self.prompt) > most:
+        if len(self.given) > most:
             self.warnings.append(
                 f"hotwords and initial_prompt are longer than {most} tokens together; only the last {most} were used."
             )
@@ -271,11 +273,11 @@ class _Run:
         for one in asked:
             one.work = self._work(one, None)
             self.job.submit(one.work)
-        for _ in asked:
+        for n_done in range(len(asked)):
             work = self.job.next_done()
             work.key.probabilities = self._allowed(work.result)
-        for one in asked[_STATES_KEPT:]:
-            one.work = None
+            if n_done >= _STATES_KEPT:
+                work.key.work = None
         votes: dict[str, float] = {}
         total = sum(one.window.seconds for one in asked)
         for one in asked:
@@ -339,20 +341,19 @@ class _Run:
 
     def _one_after_another(self, pending: Sequence[_Pending]) -> None:
         """``condition_on_previous_text``: each window is prompted with the text before it, so none can share
-        a batch with another window of this job. The text of a hot decode is not passed on."""
-        queue = list(pending)
-        given = self.prompt
-        while queue:
-            one = queue.pop(0)
+        a batch with another window of this job."""
+        for one in pending:
+            self.previous = ()
             self.outstanding.append(one)
             self._submit(one)
             while self.outstanding:
                 self._handle(self.job.next_done())
-            if one.decoded is None:
-                continue
-            hot = one.decoded.attempt.result.temperature > 0.5
-            self.prompt = given if hot else (*given, *self._said(one.decoded))[-223:]
-        self.prompt = given
+
+    def _pass_on(self, decoded: Decoded) -> None:
+        """Prompt what is decoded next with this window's text so far, unless it comes of a hot decode."""
+        hot = decoded.attempt.result.temperature > 0.5
+        self.previous = () if hot else (*self.previous, *self._said(decoded))
+        self.prompt = (*self.given, *self.previous)[-(self.info.max_target_positions // 2 - 1) :]
 
     def _handle(self, work: Work) -> None:
         """Take one finished piece of work a step further."""
@@ -392,6 +393,8 @@ class _Run:
         pieces, read = self._pieces(one, kept)
         flags = self._flags(one, kept, failed=verdict is Verdict.RETRY)
         one.decoded = decoded = Decoded(one.window, one.language, kept, pieces, flags)
+        if self.options.condition_on_previous_text:
+            self._pass_on(decoded)
         self._queue_rest(one, decoded, read)
         tokens = self._said(decoded)
         if self.options.word_timestamps and tokens:
