@@ -299,6 +299,16 @@ def test_clips_are_all_that_is_heard(run: Callable[..., PipelineResult], english
         run(Scripted(english, plainly()), Detector(), 30.0, TranscribeOptions(clip_timestamps=(5.0, 1.0)))
 
 
+@pytest.mark.parametrize("vad", [True, False])
+def test_what_lies_between_and_around_clips_is_not_decoded(
+    run: Callable[..., PipelineResult], english: Tokenizer, vad: bool
+) -> None:
+    recognizer = Scripted(english, plainly())
+    options = TranscribeOptions(clip_timestamps=(2.0, 4.0, 5.0, 8.0, 29.0), vad=vad)
+    run(recognizer, Detector((0.0, 30.0)), 30.0, options)
+    assert sorted(row.state for row in recognizer.rows) == pytest.approx([1.0, 2.0, 3.0], abs=0.02)
+
+
 def test_without_vad_everything_is_decoded(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
     recognizer = Scripted(english, plainly())
     run(recognizer, Detector(), 45.0, TranscribeOptions(vad=False))

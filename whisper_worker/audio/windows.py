@@ -67,10 +67,11 @@ def plan_windows(
     probabilities: npt.NDArray[np.float32],
     n_samples: int,
     *,
+    first_sample: int = 0,
     sure: Sequence[SpeechSpan] | None = None,
     target_seconds: float = TARGET_SECONDS,
 ) -> tuple[Window, ...]:
-    """Windows that cover all ``spans``, in order and disjoint.
+    """Windows that cover all ``spans``, in order and disjoint, of the samples ``[first_sample, n_samples)``.
 
     ``spans``: rising, disjoint stretches to decode. ``probabilities``: the voice detector's,
     one for each ``FRAME_SAMPLES``. ``sure``: the spans known to be speech (default: all); a
@@ -81,7 +82,7 @@ def plan_windows(
         cuts = _cut_places(stretch, probabilities)
         for first, last in _best_cuts(cuts, target_seconds):
             windows.append(Window(cuts[first].start, cuts[last].end))
-    padded = _pad(windows, n_samples)
+    padded = _pad(windows, first_sample, n_samples)
     if sure is None:
         return tuple(padded)
     return tuple(
@@ -152,14 +153,14 @@ def _best_cuts(cuts: Sequence[_Cut], target_seconds: float) -> list[tuple[int, i
     return pairs[::-1]
 
 
-def _pad(windows: Sequence[Window], n_samples: int) -> list[Window]:
+def _pad(windows: Sequence[Window], first_sample: int, n_samples: int) -> list[Window]:
     """Widen each window into the pauses around it, at most halfway to its neighbours."""
     pad = round(PAD_SECONDS * SAMPLE_RATE)
     padded = []
     for place, window in enumerate(windows):
         before = windows[place - 1].stop if place else -n_samples
         after = windows[place + 1].start if place + 1 < len(windows) else 2 * n_samples
-        start = max(0, window.start - min(pad, max(0, (window.start - before) // 2)))
+        start = max(first_sample, window.start - min(pad, max(0, (window.start - before) // 2)))
         stop = min(n_samples, window.stop + min(pad, max(0, (after - window.stop) // 2)))
         padded.append(Window(start - start % 160, stop))
     return padded

@@ -236,7 +236,13 @@ class _Run:
             spans = _within(speech_spans(probabilities, n, threshold=min(threshold, DOUBT_THRESHOLD)), clips)
         else:
             sure = spans = clips
-        windows = plan_windows(spans, probabilities, n, sure=sure)
+        windows = tuple(
+            window
+            for clip in clips
+            for window in plan_windows(
+                _within(spans, [clip]), probabilities, clip.end, first_sample=clip.start, sure=_within(sure, [clip])
+            )
+        )
         self.peak = log_mel_peak(self.waveform, self.info.n_mels) if windows else 0.0
         return spans, sure, windows
 
