@@ -285,6 +285,17 @@ def test_language_is_voted_within_the_allow_list(run: Callable[..., PipelineResu
     assert {row.language for row in recognizer.rows} == {"it"}
 
 
+def test_a_language_that_the_model_lacks_is_refused_and_named_in_an_allow_list(
+    run: Callable[..., PipelineResult], multilingual: Tokenizer
+) -> None:
+    with pytest.raises(InvalidInput, match="language"):
+        run(Scripted(multilingual, plainly()), Detector(), 5.0, TranscribeOptions(language="yue"))
+    options = TranscribeOptions(languages=("yue", "de"))
+    result = run(Scripted(multilingual, plainly()), Detector((0.0, 4.0)), 5.0, options)
+    assert result.language == "de"
+    assert [warning.split(",")[0] for warning in result.warnings] == ["languages names yue"]
+
+
 def test_an_english_model_refuses_what_it_cannot_do(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
     for options in (TranscribeOptions(task="translate"), TranscribeOptions(language="de")):
         with pytest.raises(InvalidInput):

@@ -184,6 +184,8 @@ class _Run:
                 for name in ("languages", "multilingual")
                 if getattr(options, name)
             ]
+        elif unknown := sorted(set(options.languages) - set(self.tokenizer.languages)):
+            self.warnings.append(f"languages names {', '.join(unknown)}, unknown to the loaded model, and ignored.")
         self.outstanding: list[_Pending] = []
         self.waiting_segments: list[tuple[int, list[Segment]]] = []
         self.segments: list[Segment] = []
@@ -197,6 +199,8 @@ class _Run:
             raise InvalidInput("The loaded model is English-only and cannot translate; load a multilingual one.")
         if options.language not in (None, "en") and not self.info.is_multilingual:
             raise InvalidInput("The loaded model knows English only; load a multilingual one or leave language out.")
+        if options.language is not None and self.info.is_multilingual:
+            self.tokenizer.language_token(options.language)
         spans, sure, windows = self._cut()
         self.sure = _seconds(sure)
         duration = len(self.waveform) / SAMPLE_RATE
