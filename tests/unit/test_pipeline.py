@@ -342,6 +342,28 @@ def test_words_stay_in_their_sound_and_a_long_pause_ends_a_segment(
     assert times == sorted(times)
 
 
+def test_no_word_ends_among_the_next_windows_words(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    class Drifting(Scripted):
+        """The end of text is seen two seconds behind the window, as three of silence are encoded with it."""
+
+        def cross_attention(self, *asked: Any) -> list[tuple[torch.Tensor, list[float]]]:
+            results = []
+            for attention, probabilities in super().cross_attention(*asked):
+                padded = torch.nn.functional.pad(attention, (0, 150), value=1e-4)
+                padded[:, -1] = 1e-4
+                padded[:, -1, -50:] = 1.0
+                results.append((padded, probabilities))
+            return results
+
+    recognizer = Drifting(english, plainly(" one two three four five six seven eight"))
+    options = TranscribeOptions(word_timestamps=True)
+    result = run(recognizer, Detector((0.0, 19.5), (20.0, 40.0)), 41.0, options)
+    words = [word for segment in result.segments for word in segment.words or ()]
+    assert len(words) == 16
+    assert words[7].end <= 19.8
+    assert words[8].start < 20.5
+
+
 def test_segments_arrive_in_order_and_progress_ends_at_the_end(
     run: Callable[..., PipelineResult], english: Tokenizer
 ) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from whisper_worker.audio.windows import Window
 from whisper_worker.engine.quality import Attempt
 from whisper_worker.engine.timestamps import Piece, Spans, clip_segment, clip_word, token_times, words_of
@@ -78,8 +80,9 @@ class Assembler:
 
         ``attention`` and ``probabilities``: of their text tokens, as :meth:`Recognizer.cross_attention` gives them.
         """
-        boundaries = token_times(attention)
         offset = decoded.window.start / SAMPLE_RATE
+        # Attention may drift into the silence that is put behind a window. In the recording the next words are there.
+        boundaries = np.minimum(token_times(attention), decoded.window.seconds)
         segments: list[Segment] = []
         place = 0
         for piece in decoded.pieces:
