@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import pickle
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -84,6 +85,36 @@ def test_block_borders_leave_no_trace(
     whole = detector.probabilities(speech)
     monkeypatch.setattr(vad, "_BLOCK", 37)
     np.testing.assert_allclose(detector.probabilities(speech), whole, atol=5e-5)
+
+
+def test_a_short_recording_does_not_wait_for_the_end_of_a_long_one(
+    speech: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = VoiceDetector()
+    alone = detector.probabilities(speech)
+    monkeypatch.setattr(vad, "_TURN", 64)
+    begun, go_on = threading.Event(), threading.Event()
+    turns: list[int] = []
+    run = vad._Network.run
+
+    def gated(network: Any, waveform: np.ndarray, *rest: Any) -> Any:
+        begun.set()
+        assert go_on.wait(10)
+        turns.append(len(waveform))
+        return run(network, waveform, *rest)
+
+    monkeypatch.setattr(vad._Network, "run", gated)
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(detector.probabilities, speech)
+        assert begun.wait(10)
+        short = pool.submit(detector.probabilities, speech[: 3 * FRAME_SAMPLES])
+        while not detector._worker._work_queue.qsize():  # type: ignore[union-attr]
+            assert not short.done()
+        go_on.set()
+        assert len(short.result()) == 3
+        np.testing.assert_allclose(long.result(), alone, atol=5e-5)
+    assert turns[1] == 3 * FRAME_SAMPLES
+    assert len(turns) > 3
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 511, 512, 513, 1024, 16 * 512 + 1])
