@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,28 @@ def test_long_texts_outgrow_the_first_cache(reference: Any, checkpoint: Path) ->
     for row in range(2):
         expected = model.new_state(states, 1, 135).step(rows[row : row + 1])
         assert torch.allclose(got[row], expected[0], atol=1e-4)
+
+
+@one_shape
+@torch.no_grad()
+def test_a_cache_that_grows_is_never_there_twice(
+    reference: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = weights.load(checkpoint, "float32", "cpu")
+    state = model.new_state(model.encode([_mel(reference, 200, 10)]), 1, 140)
+    state.step(torch.zeros(1, 64, dtype=torch.long))
+    layers = [weakref.ref(entries) for entries in state._cache]
+    left: list[int] = []
+    empty = torch.empty
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        left.append(sum(layer() is not None for layer in layers))
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", counted)
+    state.step(torch.zeros(1, 1, dtype=torch.long))
+    assert left == list(range(len(layers), 0, -1))
+    assert not any(layer() is not None for layer in layers)
 
 
 @one_shape

@@ -350,7 +350,7 @@ class DecoderState:
                 self._mask[window, :, length:] = -math.inf
         self._max_entries = rows_per_window * max_tokens
         # By layer: keys and values, (2, windows, heads, capacity, head size).
-        self._cache = self._empty_cache(0)
+        self._cache = [self._empty_cache(0) for _ in model.layers]
         # (windows, rows of a window, entries)
         self._continues = torch.empty(self.n_windows, rows_per_window, 0, dtype=torch.bool, device=model.device)
         self._pruned_at = 0
@@ -382,12 +382,12 @@ class DecoderState:
             layer.feed_forward(x)
         return x
 
-    def _empty_cache(self, capacity: int) -> list[Tensor]:
+    def _empty_cache(self, capacity: int) -> Tensor:
         dims = self._model.dims
         head_size = dims.n_text_state // dims.n_text_head
         shape = (2, self.n_windows, dims.n_text_head, capacity, head_size)
         dtype = torch.float32 if self._encoded.device.type == "cpu" else self._encoded.dtype
-        return [torch.empty(shape, dtype=dtype, device=self._encoded.device) for _ in range(dims.n_text_layer)]
+        return torch.empty(shape, dtype=dtype, device=self._encoded.device)
 
     def _add_entries(self, n: int) -> Tensor | None:
         """Make room for ``n`` tokens of every row. Gives what is to be added to the scores of their queries,
@@ -413,9 +413,10 @@ class DecoderState:
         if n_entries <= filled:
             return
         capacity = min(self._max_entries, math.ceil(n_entries / _CACHE_STEP) * _CACHE_STEP)
-        old, self._cache = self._cache, self._empty_cache(max(capacity, n_entries))
-        for source, target in zip(old, self._cache, strict=True):
-            target[:, :, :, :filled] = source
+        for layer, entries in enumerate(self._cache):
+            # One layer at a time, and the old one let go: all of them twice would be the peak of a batch's memory.
+            self._cache[layer] = self._empty_cache(max(capacity, n_entries))
+            self._cache[layer][:, :, :, :filled] = entries
 
     def _prune(self) -> None:
         """Move the entries that some row continues to the front, where others can be dropped for it."""
