@@ -322,7 +322,8 @@ def _topk(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _finish(window: _Window, options: DecodingOptions, group: int, eot: int) -> DecodingResult:
-    """Rank a window's sequences and keep the best; those that ended go before those cut off."""
+    """Keep the best of a window's sequences: those that ended, and of those cut off the likeliest where they are too
+    few for the group."""
     running = sorted(window.running, key=lambda hypothesis: -hypothesis.sum_logprob)
     candidates = [*window.finished, *running[: max(0, group - len(window.finished))]]
     best = max(candidates, key=lambda hypothesis: _score(hypothesis, options.length_penalty, eot))

@@ -58,7 +58,8 @@ class NativeRecognizer:
     def default_batch_size(self) -> int:
         dims = self._model.dims
         heads = dims.n_text_layer * dims.n_text_state * 2
-        # Half precision: keys and values of 1500 positions, and of the tokens of one window.
+        # What keys and values of 1500 positions and of one window's tokens would take in half precision. Those of the
+        # positions are never made (see attend_cross): their share is room for several beams, logits and the encoder.
         row_bytes = 2 * heads * (dims.n_audio_ctx + dims.n_text_ctx)
         return batch_size(row_bytes, self._model.device)
 
