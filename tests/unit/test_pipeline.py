@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,9 +13,9 @@ import pytest
 import torch
 
 from tests.models import model_cache
-from whisper_worker.audio.vad import FRAME_SAMPLES
+from whisper_worker.audio.vad import FRAME_SAMPLES, SpeechSpan
 from whisper_worker.cache.layout import find_model
-from whisper_worker.engine.pipeline import Pipeline, PipelineResult
+from whisper_worker.engine.pipeline import Pipeline, PipelineResult, _within
 from whisper_worker.engine.recognizer import DecodingOptions, DecodingResult, DecodingRow, ModelInfo
 from whisper_worker.engine.scheduler import Scheduler
 from whisper_worker.engine.tokenizer import Tokenizer
@@ -318,6 +319,16 @@ def test_what_lies_between_and_around_clips_is_not_decoded(
     options = TranscribeOptions(clip_timestamps=(2.0, 4.0, 5.0, 8.0, 29.0), vad=vad)
     run(recognizer, Detector((0.0, 30.0)), 30.0, options)
     assert sorted(row.state for row in recognizer.rows) == pytest.approx([1.0, 2.0, 3.0], abs=0.02)
+
+
+def test_many_clips_of_a_long_recording_are_cut_at_once() -> None:
+    spans = [SpeechSpan(start, start + 7) for start in range(0, 200_000, 10)]
+    clips = [SpeechSpan(start, start + 5) for start in range(0, 200_000, 10)]
+    begun = time.process_time()
+    parts = _within(spans, [*clips, SpeechSpan(199_993, 300_000)])
+    assert time.process_time() - begun < 5
+    assert parts == [*([clip] for clip in clips), [SpeechSpan(199_993, 199_997)]]
+    assert _within(spans[:2], [SpeechSpan(5, 12), SpeechSpan(17, 18)]) == [[SpeechSpan(5, 7), SpeechSpan(10, 12)], []]
 
 
 def test_without_vad_everything_is_decoded(run: Callable[..., PipelineResult], english: Tokenizer) -> None:

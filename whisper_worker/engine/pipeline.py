@@ -13,6 +13,7 @@ not read to its end goes back as a new window.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -237,18 +238,16 @@ class _Run:
         if self.options.vad:
             threshold = self.options.vad_threshold
             sure = _within(speech_spans(probabilities, n, threshold=threshold), clips)
-            spans = _within(speech_spans(probabilities, n, threshold=min(threshold, DOUBT_THRESHOLD)), clips)
+            heard = _within(speech_spans(probabilities, n, threshold=min(threshold, DOUBT_THRESHOLD)), clips)
         else:
-            sure = spans = clips
+            sure = heard = [[clip] for clip in clips]
         windows = tuple(
             window
-            for clip in clips
-            for window in plan_windows(
-                _within(spans, [clip]), probabilities, clip.end, first_sample=clip.start, sure=_within(sure, [clip])
-            )
+            for clip, spans, known in zip(clips, heard, sure, strict=True)
+            for window in plan_windows(spans, probabilities, clip.end, first_sample=clip.start, sure=known)
         )
         self.peak = log_mel_peak(self.waveform, self.info.n_mels) if windows else 0.0
-        return spans, sure, windows
+        return tuple(itertools.chain(*heard)), tuple(itertools.chain(*sure)), windows
 
     def _clips(self, n_samples: int) -> tuple[SpeechSpan, ...]:
         """The parts that ``clip_timestamps`` asks for; all of it by default."""
@@ -507,10 +506,16 @@ def _seconds(spans: Sequence[SpeechSpan]) -> Spans:
     return Spans([(span.start / SAMPLE_RATE, span.end / SAMPLE_RATE) for span in spans])
 
 
-def _within(spans: Sequence[SpeechSpan], clips: Sequence[SpeechSpan]) -> tuple[SpeechSpan, ...]:
-    """The parts of ``spans`` that lie inside ``clips``."""
-    parts = (SpeechSpan(max(span.start, clip.start), min(span.end, clip.end)) for clip in clips for span in spans)
-    return tuple(part for part in parts if part.end > part.start)
+def _within(spans: Sequence[SpeechSpan], clips: Sequence[SpeechSpan]) -> list[list[SpeechSpan]]:
+    """For each of ``clips`` the parts of ``spans`` inside it; both are rising and disjoint, and may be many."""
+    starts, ends = [span.start for span in spans], [span.end for span in spans]
+    return [
+        [
+            SpeechSpan(max(span.start, clip.start), min(span.end, clip.end))
+            for span in spans[bisect_right(ends, clip.start) : bisect_left(starts, clip.end)]
+        ]
+        for clip in clips
+    ]
 
 
 def _spread(pending: Sequence[_Pending], n: int) -> list[_Pending]:
