@@ -41,15 +41,23 @@ class State:
     def __init__(self, model: Model, states: Sequence[float], group: int) -> None:
         self.model, self.group = model, group
         self.windows = list(states)
-        self.rows: list[list[int]] = [[] for _ in range(len(states) * group)]
+        self.rows: list[list[int]] = []
 
-    def step(self, tokens: torch.Tensor, logits_at: Sequence[int] = (-1,)) -> torch.Tensor:
-        self.model.rows_stepped.append(len(self.rows))
-        out = torch.full((len(self.rows), len(logits_at), N_VOCAB), -20.0)
-        for place, (row, new) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
+    def begin(self, prompts: Sequence[Sequence[int]], logits_at: Sequence[Sequence[int]]) -> torch.Tensor:
+        self.rows = [list(prompt) for prompt in prompts for _ in range(self.group)]
+        return self._logits()[:: self.group, None].repeat(1, len(logits_at[0]), 1)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        for row, new in zip(self.rows, tokens.tolist(), strict=True):
             row.extend(new)
+        return self._logits()
+
+    def _logits(self) -> torch.Tensor:
+        self.model.rows_stepped.append(len(self.rows))
+        out = torch.full((len(self.rows), N_VOCAB), -20.0)
+        for place, row in enumerate(self.rows):
             for token, logit in self.model.script(self.windows[place // self.group], list(row)).items():
-                out[place, :, token] = logit
+                out[place, token] = logit
         return out
 
     def reorder_rows(self, index: torch.Tensor) -> None:

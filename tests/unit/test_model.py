@@ -86,8 +86,8 @@ def test_float32_equals_transformers_step_by_step(reference: Any, checkpoint: Pa
     tokens = torch.randint(0, model.dims.n_vocab, (2, 9))
     expected = reference(encoder_outputs=(expected_states,), decoder_input_ids=tokens).logits
     state = model.new_state(states, 1, 9)
-    got = [state.step(tokens[:, :4], logits_at=(1, 3))]
-    got += [state.step(tokens[:, place : place + 1]) for place in range(4, 9)]
+    got = [state.begin(tokens[:, :4].tolist(), [(1, 3)] * 2)]
+    got += [state.step(tokens[:, place : place + 1])[:, None] for place in range(4, 9)]
     assert state.length == 9
     assert torch.allclose(torch.cat(got, dim=1), expected[:, [1, 3, 4, 5, 6, 7, 8]], atol=2e-4)
 
@@ -103,6 +103,35 @@ def test_windows_of_different_lengths_do_not_touch_each_other(reference: Any, ch
     for row in range(2):
         alone = model.new_state([states[row]], 1, 5).step(tokens[row : row + 1])
         assert torch.allclose(together[row], alone[0], atol=1e-4)
+
+
+@one_shape
+@pytest.mark.parametrize("group", [1, 3])
+@torch.no_grad()
+def test_prompts_of_different_lengths_do_not_touch_each_other(reference: Any, checkpoint: Path, group: int) -> None:
+    """Three prompts begin together, go on, swap beams; the longest leaves. Each as though it were alone."""
+    model = weights.load(checkpoint, "float32", "cpu")
+    states = model.encode([_mel(reference, 400, 3), _mel(reference, 700, 4), _mel(reference, 150, 5)])
+    prompts = [torch.randint(0, model.dims.n_vocab, (n,)) for n in (2, 40, 7)]
+    state = model.new_state(states, group, 130)
+    got = state.begin([prompt.tolist() for prompt in prompts], [(1, 1), (5, 39), (0, 6)])
+    for row, (places, prompt) in enumerate(zip([(1, 1), (5, 39), (0, 6)], prompts, strict=True)):
+        expected = model.new_state([states[row]], 1, 40).begin([prompt.tolist()], [places])
+        assert torch.allclose(got[row], expected[0], atol=1e-4)
+    rows = [prompt for prompt in prompts for _ in range(group)]
+    windows = [0, 1, 2]
+    for step in range(80):
+        order = torch.arange(len(rows)).view(-1, group).roll(step % 2, dims=1).flatten()
+        state.reorder_rows(order)
+        added = torch.randint(0, model.dims.n_vocab, (len(rows), 1))
+        rows = [torch.cat([rows[source], token]) for source, token in zip(order.tolist(), added, strict=True)]
+        logits = state.step(added)
+        if step == 50:
+            state.keep_windows(torch.tensor([0, 2]))
+            windows, rows = [0, 2], [*rows[:group], *rows[2 * group :]]
+    for place, row in enumerate(rows):
+        alone = model.new_state([states[windows[place // group]]], 1, 130)
+        assert torch.allclose(logits[place], alone.step(row[None])[0], atol=1e-4)
 
 
 @one_shape
@@ -220,7 +249,8 @@ def test_other_compute_types_stay_near_float32(reference: Any, checkpoint: Path,
     for kind in ("float32", compute_type):
         model = weights.load(checkpoint, kind, "cpu")
         state = model.new_state(model.encode(mels), 1, 6)
-        logits.append(torch.cat([state.step(tokens[:, :3]), *(state.step(tokens[:, i : i + 1]) for i in (3, 4, 5))], 1))
+        parts = (tokens[:, :3], *(tokens[:, place : place + 1] for place in (3, 4, 5)))
+        logits.append(torch.stack([state.step(part) for part in parts], 1))
     exact, near = logits
     assert near.dtype == torch.float32
     assert (near - exact).norm() / exact.norm() < 0.05

@@ -46,6 +46,8 @@ class _Window:
     index: int
     """Position in the caller's list."""
     no_speech_prob: float
+    limit: int
+    """Tokens that may be sampled."""
     running: list[_Hypothesis]
     finished: list[_Hypothesis] = field(default_factory=list)
     done: bool = False
@@ -147,24 +149,21 @@ def decode_batch(
     beam = options.beam_size if options.temperature == 0 and options.beam_size and options.beam_size > 1 else None
     group = beam or ((options.best_of or 1) if options.temperature > 0 else 1)
     prompts = [initial_tokens(tokenizer, row, options, model.dims.n_text_ctx) for row in rows]
-    n_prompt = len(prompts[0])
-    max_new = min(options.max_new_tokens, model.dims.n_text_ctx - n_prompt)
-    state = model.new_state([row.state for row in rows], group, n_prompt + max_new)
+    limits = [min(options.max_new_tokens, model.dims.n_text_ctx - len(prompt)) for prompt in prompts]
+    state = model.new_state([row.state for row in rows], group, max(map(len, prompts)) + max(limits))
     device = model.device
-    tokens = torch.tensor(prompts, device=device).repeat_interleave(group, dim=0)
-    sot_at = prompts[0].index(tokenizer.sot)
-    logits = state.step(tokens, logits_at=(sot_at, n_prompt - 1))
-    no_speech = torch.softmax(logits[::group, 0], dim=-1)[:, tokenizer.no_speech].tolist()
+    logits = state.begin(prompts, [(prompt.index(tokenizer.sot), len(prompt) - 1) for prompt in prompts])
+    no_speech = torch.softmax(logits[:, 0], dim=-1)[:, tokenizer.no_speech].tolist()
     windows = [
-        _Window(index, probability, [_Hypothesis([], 0.0) for _ in range(group)])
-        for index, probability in enumerate(no_speech)
+        _Window(index, probability, limit, [_Hypothesis([], 0.0) for _ in range(group)])
+        for index, (probability, limit) in enumerate(zip(no_speech, limits, strict=True))
     ]
     rules = _Rules(tokenizer, options, rows, group).to(device)
     noise = _Noise(options.seed, group, len(rows), device) if options.temperature > 0 else None
     chooser = _Beam(beam, options.patience or 1.0, tokenizer.eot) if beam else None
     results: list[DecodingResult | None] = [None] * len(rows)
     sums = torch.zeros(len(rows) * group, device=device)
-    logits = logits[:, -1]
+    logits = logits[:, -1].repeat_interleave(group, dim=0)
 
     def finish(window: _Window) -> None:
         if results[window.index] is None:
@@ -172,7 +171,7 @@ def decode_batch(
             if done is not None:
                 done(window.index, result)
 
-    for step in range(max_new):
+    for step in range(max(limits)):
         rules.apply(logits)
         if chooser is None:
             chosen, sums = _pick(logits, sums, windows, options.temperature, noise, tokenizer.eot)
@@ -183,13 +182,12 @@ def decode_batch(
         rules.accept(chosen)
         for window in windows:
             token = cancel[window.index] if cancel else None
-            if token is not None and token.cancelled:
+            if (token is not None and token.cancelled) or step + 1 == window.limit:
                 window.done = True
             if window.done:
                 finish(window)
         n_done = sum(window.done for window in windows)
-        last_step = step == max_new - 1
-        if n_done == len(windows) or last_step:
+        if n_done == len(windows):
             break
         if n_done >= max(1.0, _COMPACT_SHARE * len(windows)):
             kept = [place for place, window in enumerate(windows) if not window.done]
@@ -201,9 +199,7 @@ def decode_batch(
             chosen, sums = chosen[keep_rows], sums[keep_rows]
             if noise is not None:
                 noise.select(kept)
-        logits = state.step(chosen[:, None])[:, -1]
-    for window in windows:
-        finish(window)
+        logits = state.step(chosen[:, None])
     return [result for result in results if result is not None]
 
 

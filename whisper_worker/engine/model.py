@@ -312,9 +312,9 @@ class WhisperModel:
         """Float32 logits ``(..., n_vocab)`` of the last layer's output."""
         return self._head(hidden).float()
 
-    def embed(self, tokens: Tensor, first: int) -> Tensor:
-        """Input ``(rows, n, width)`` of the first layer for ``tokens`` ``(rows, n)`` at positions from ``first`` on."""
-        return torch.add(self._positions[first : first + tokens.shape[1]], self._embedding[tokens])
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Input ``(rows, n, width)`` of the first layer for ``tokens`` ``(rows, n)`` at ``positions`` ``(rows or 1, n)``."""
+        return torch.add(self._positions[positions], self._embedding[tokens])
 
     @property
     def layers(self) -> Sequence[_DecoderLayer]:
@@ -349,6 +349,8 @@ class DecoderState:
             for window, length in enumerate(n_positions):
                 self._mask[window, :, length:] = -math.inf
         self._max_entries = rows_per_window * max_tokens
+        self._padding: Tensor | None = None
+        """By window: entries before its first token, where prompts of several lengths began together."""
         # By layer: keys and values, (2, windows, heads, capacity, head size).
         self._cache = [self._empty_cache(0) for _ in model.layers]
         # (windows, rows of a window, entries)
@@ -356,12 +358,29 @@ class DecoderState:
         self._pruned_at = 0
 
     @torch.inference_mode()
-    def step(self, tokens: Tensor, logits_at: Sequence[int] = (-1,)) -> Tensor:
-        """Append ``tokens`` ``(rows, n)``.
+    def begin(self, prompts: Sequence[Sequence[int]], logits_at: Sequence[Sequence[int]]) -> Tensor:
+        """The first step: a prompt of any length for each window, which all of its rows continue.
 
-        Gives float32 logits ``(rows, len(logits_at), n_vocab)`` at those of the n.
+        Gives float32 logits ``(windows, len(logits_at[0]), n_vocab)`` at the places ``logits_at`` of each prompt.
         """
-        return self._model.logits(self.forward(tokens)[:, list(logits_at)])
+        device = self._encoded.device
+        longest = max(map(len, prompts))
+        padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+        if padding.any():
+            self._padding = padding
+        tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        group, self.rows_per_window = self.rows_per_window, 1
+        self._continues = self._continues[:, :1]
+        hidden = self.forward(tokens)
+        self.rows_per_window = group
+        self._continues = self._continues.expand(-1, group, -1)
+        places = torch.tensor(logits_at, device=device) + padding[:, None]
+        return self._model.logits(hidden[torch.arange(len(prompts), device=device)[:, None], places])
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append ``tokens`` ``(rows, n)``. Gives float32 logits ``(rows, n_vocab)`` behind the last."""
+        return self._model.logits(self.forward(tokens)[:, -1])
 
     def forward(self, tokens: Tensor, on_weights: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Append ``tokens``; gives the last layer's output ``(rows, n, width)``.
@@ -370,7 +389,7 @@ class DecoderState:
         gives them.
         """
         n = tokens.shape[1]
-        x = self._model.embed(tokens, self.length)
+        x = self._model.embed(tokens, self._next_positions(n))
         self.length += n
         mask = self._add_entries(n)
         for index, layer in enumerate(self._model.layers):
@@ -381,6 +400,14 @@ class DecoderState:
                 on_weights(index, weights)
             layer.feed_forward(x)
         return x
+
+    def _next_positions(self, n: int) -> Tensor:
+        """Positions ``(rows or 1, n)`` of the ``n`` tokens that follow."""
+        places = torch.arange(self.length, self.length + n, device=self._encoded.device)[None]
+        if self._padding is not None:
+            places = places - self._padding.repeat_interleave(self.rows_per_window)[:, None]
+        # Padding has no position, nor what a finished row is given to say; nothing comes of either.
+        return places.clamp(0, self._model.dims.n_text_ctx - 1)
 
     def _empty_cache(self, capacity: int) -> Tensor:
         dims = self._model.dims
@@ -397,13 +424,18 @@ class DecoderState:
             self._prune()
         device = self._continues.device
         own = torch.eye(group, dtype=torch.bool, device=device).repeat_interleave(n, dim=1)
-        self._continues = torch.cat([self._continues, own.expand(self.n_windows, -1, -1)], dim=2)
+        own = own.expand(self.n_windows, -1, -1)
+        if self._padding is not None and self.length == n:
+            own = own & (torch.arange(n, device=device) >= self._padding[:, None, None])
+        self._continues = torch.cat([self._continues, own], dim=2)
         self._make_room(self._continues.shape[2])
-        if n == 1 and group == 1:
+        if n == 1 and group == 1 and self._padding is None:
             return None
         seen = self._continues.repeat_interleave(n, dim=1)
         if n > 1:
             seen[:, :, -group * n :] &= torch.ones(n, n, dtype=torch.bool, device=device).tril().repeat(group, group)
+            # Padding sees itself, or its weights would be no numbers.
+            seen[:, :, -group * n :] |= torch.eye(group * n, dtype=torch.bool, device=device)
         return torch.zeros(seen.shape, dtype=self._cache[0].dtype, device=device).masked_fill_(~seen, -math.inf)[
             :, None
         ]
@@ -442,6 +474,8 @@ class DecoderState:
     def keep_windows(self, index: Tensor) -> None:
         """Only the windows ``index`` stay, in that order; the others leave with their rows."""
         self._continues = self._continues[index]
+        if self._padding is not None:
+            self._padding = self._padding[index]
         for layer, entries in enumerate(self._cache):
             self._cache[layer] = entries[:, index]
         self._encoded = self._encoded[index]

@@ -73,8 +73,7 @@ class NativeRecognizer:
             return [{"en": 1.0} for _ in states]
         with out_of_memory():
             state = self._model.new_state(states, 1, 1)
-            sot = torch.full((len(states), 1), self.tokenizer.sot, device=self._model.device)
-            logits = state.step(sot)[:, -1]
+            logits = state.begin([[self.tokenizer.sot]] * len(states), [[0]] * len(states))[:, 0]
         ids = torch.tensor(self.tokenizer.language_ids, device=logits.device)
         probabilities = torch.softmax(logits[:, ids], dim=-1).tolist()
         return [dict(zip(self.tokenizer.languages, row, strict=True)) for row in probabilities]

@@ -124,7 +124,7 @@ class Recognizer(Protocol):
         """Decode windows side by side; a row whose token is cancelled stops early.
 
         ``done`` may be called with a row's place and its result as soon as that is known.
-        All rows have prompts and prefixes of the same length. Raises :class:`OutOfMemory`
+        Raises :class:`OutOfMemory`
         or :class:`EngineError`.
         """
         ...

@@ -139,9 +139,26 @@ class ReferenceRecognizer:
         cancel: Sequence[CancelToken | None] = (),
         done: Callable[[int, DecodingResult], None] | None = None,
     ) -> list[DecodingResult]:
-        hf = _transformers()
         n_context = self._model.config.max_target_positions
         prompts = [initial_tokens(self.tokenizer, row, options, n_context) for row in rows]
+        results: dict[int, DecodingResult] = {}
+        for n_prompt in {len(prompt) for prompt in prompts}:
+            places = [place for place, prompt in enumerate(prompts) if len(prompt) == n_prompt]
+            stops = [cancel[place] for place in places] if cancel else []
+            decoded = self._decode([rows[i] for i in places], [prompts[i] for i in places], options, stops)
+            results.update(zip(places, decoded, strict=True))
+        return [results[place] for place in range(len(rows))]
+
+    def _decode(
+        self,
+        rows: Sequence[DecodingRow],
+        prompts: Sequence[list[int]],
+        options: DecodingOptions,
+        cancel: Sequence[CancelToken | None],
+    ) -> list[DecodingResult]:
+        """:meth:`decode` for rows whose prompts are of one length."""
+        hf = _transformers()
+        n_context = self._model.config.max_target_positions
         n_prompt = len(prompts[0])
         eot = self.tokenizer.eot
         sampling = options.temperature > 0

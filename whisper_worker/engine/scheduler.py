@@ -71,7 +71,7 @@ class Work:
 
     def batch_key(self) -> tuple[object, ...]:
         """Work with equal keys may share a batch."""
-        return (self.options, self.tokens is not None, len(self.prompt), len(self.prefix))
+        return (self.options, self.tokens is not None)
 
     def slots(self) -> int:
         """Places it takes in a batch: more than a few sequences of one window weigh like further windows."""
