@@ -313,7 +313,7 @@ class WhisperModel:
         return self._head(hidden).float()
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The first layer's input ``(rows, n, width)``: ``tokens`` ``(rows, n)`` at ``positions`` ``(rows or 1, n)``."""
+        """The first layer's input ``(rows, n, width)``: ``tokens`` ``(rows, n)`` at ``positions``, by row or one."""
         return torch.add(self._positions[positions], self._embedding[tokens])
 
     @property
