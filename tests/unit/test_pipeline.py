@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -407,6 +409,35 @@ def test_a_cancelled_job_ends_at_once(run: Callable[..., PipelineResult], englis
     with pytest.raises(Cancelled):
         run(recognizer, Detector(*spans), 1000.0, PLAIN, cancel=token)
     assert len(recognizer.rows) <= 8
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_recording_is_let_go_with_its_job(
+    run: Callable[..., PipelineResult], english: Tokenizer, cancelled: bool
+) -> None:
+    class Listening(Detector):
+        def probabilities(self, waveform: Any) -> Any:
+            heard.append(weakref.ref(waveform))
+            return super().probabilities(waveform)
+
+    def progressed(progress: Progress) -> None:
+        if cancelled:
+            token.cancel()
+
+    heard: list[weakref.ref[Any]] = []
+    token = CancelToken()
+    spans = [(i * 25.0, i * 25.0 + 3.0) for i in range(12)]
+    options = TranscribeOptions(word_timestamps=True)
+    gc.disable()
+    try:
+        with contextlib.suppress(Cancelled):
+            run(Scripted(english, plainly()), Listening(*spans), 300.0, options, cancel=token, on_progress=progressed)
+        deadline = time.monotonic() + 5
+        while heard[0]() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)  # The batch in hand is still to end.
+        assert heard[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_the_receipt_knows_speech_that_gave_no_text(run: Callable[..., PipelineResult], english: Tokenizer) -> None:

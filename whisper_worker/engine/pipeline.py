@@ -16,7 +16,8 @@ import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,7 +79,8 @@ class _Pending:
 
     window: Window
     language: str | None
-    work: Work | None = None
+    state: Any = None
+    """What its encoding gave, while it is of use."""
     tried: list[Attempt] = field(default_factory=list)
     decoded: Decoded | None = None
     with_prompt: bool = True
@@ -280,13 +282,12 @@ class _Run:
             return options.language, None
         asked = list(pending) if options.multilingual else _spread(pending, _DETECT_WINDOWS)
         for one in asked:
-            one.work = self._work(one, None)
-            self.job.submit(one.work)
+            self.job.submit(self._work(one, None))
         for n_done in range(len(asked)):
             work = self.job.next_done()
             work.key.probabilities = self._allowed(work.result)
-            if n_done >= _STATES_KEPT:
-                work.key.work = None
+            if n_done < _STATES_KEPT:
+                work.key.state = work.state
         votes: dict[str, float] = {}
         total = sum(one.window.seconds for one in asked)
         for one in asked:
@@ -321,32 +322,21 @@ class _Run:
         window = one.window
         return Work(
             key=one,
-            mel=lambda: self._mel(window, wide=one.wide),
+            mel=partial(_features, self.waveform, self.info.n_mels, window, self.peak, wide=one.wide),
             seconds=window.seconds,
             options=options,
             tokens=tokens,
             language=one.language,
             prompt=self.prompt if options and one.with_prompt and tokens is None else (),
             prefix=self.prefix if options and tokens is None and window.start == self.first_start else (),
-            state=one.work.state if one.work else None,
+            state=one.state,
         )
-
-    def _mel(self, window: Window, *, wide: bool) -> torch.Tensor:
-        from whisper_worker.engine.features import log_mel
-
-        mel = log_mel(self.waveform, self.info.n_mels, window.start, window.stop, peak=self.peak)
-        if not wide:
-            return mel
-        padded = mel.new_full((mel.shape[0], N_FRAMES), float(mel.min()))
-        padded[:, : mel.shape[1]] = mel
-        return padded
 
     def _submit(self, one: _Pending) -> None:
         if len(one.tried) == 1 and not one.wide:
             # The short context that made the first attempt cheap may be what made it unsure.
-            one.wide, one.work = True, None
-        one.work = self._work(one, self.attempts[len(one.tried)])
-        self.job.submit(one.work)
+            one.wide, one.state = True, None
+        self.job.submit(self._work(one, self.attempts[len(one.tried)]))
 
     def _one_after_another(self, pending: Sequence[_Pending]) -> None:
         """``condition_on_previous_text``: each window is prompted with the text before it, so none can share
@@ -367,6 +357,7 @@ class _Run:
     def _handle(self, work: Work) -> None:
         """Take one finished piece of work a step further."""
         one: _Pending = work.key
+        one.state = work.state
         if work.tokens is not None:
             assert one.decoded is not None
             self._complete(one, self.assembler.with_words(one.decoded, *work.result))
@@ -396,7 +387,7 @@ class _Run:
             one.tried.clear()
             if one.wide:
                 # Else its second search would be the first over again.
-                one.wide, one.work = False, None
+                one.wide, one.state = False, None
             self._submit(one)
             return
         pieces, read = self._pieces(one, kept)
@@ -464,8 +455,7 @@ class _Run:
     def _complete(self, one: _Pending, segments: list[Segment]) -> None:
         """Book a window as done and let go of all segments that nothing pending precedes."""
         self.outstanding.remove(one)
-        if one.work is not None:
-            one.work.state = None
+        one.state = None
         self.done_seconds += one.window.seconds
         self.waiting_segments.append((one.window.start, self.assembler.without_silence(segments)))
         first_pending = min((other.window.start for other in self.outstanding), default=len(self.waveform) + 1)
@@ -500,6 +490,18 @@ class _Run:
             retried_windows=self.retried,
             warnings=tuple(self.warnings),
         )
+
+
+def _features(waveform: npt.NDArray[np.int16], n_mels: int, window: Window, peak: float, *, wide: bool) -> torch.Tensor:
+    """A window's mel; ``wide``: with silence up to 30 s behind it."""
+    from whisper_worker.engine.features import log_mel
+
+    mel = log_mel(waveform, n_mels, window.start, window.stop, peak=peak)
+    if not wide:
+        return mel
+    padded = mel.new_full((mel.shape[0], N_FRAMES), float(mel.min()))
+    padded[:, : mel.shape[1]] = mel
+    return padded
 
 
 def _seconds(spans: Sequence[SpeechSpan]) -> Spans:

@@ -195,6 +195,8 @@ class Scheduler:
                     continue
                 self._busy += 1
             self._execute(batch)
+            # Or what hangs on the last batch, whole recordings, would be held until there is another.
+            del batch
             with self._wake:
                 self._busy -= 1
 
