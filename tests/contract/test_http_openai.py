@@ -102,6 +102,19 @@ def test_warnings_of_a_text_are_in_a_header(client: openai.OpenAI) -> None:
     assert any("timestamp_granularities" in warning for warning in warnings)
 
 
+def test_a_stream_says_what_it_cannot_carry(client: openai.OpenAI) -> None:
+    stream = client.audio.transcriptions.create(
+        file=JFK,
+        model="whisper-1",
+        stream=True,
+        response_format="verbose_json",
+        timestamp_granularities=["word"],
+    )
+    *_, done = stream
+    warnings = done.model_dump()["warnings"]
+    assert [warning.split()[0] for warning in warnings] == ["response_format", "timestamp_granularities"]
+
+
 def test_a_stream_brings_windows_as_they_finish(
     client: openai.OpenAI, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -209,9 +222,11 @@ def test_translation_needs_a_multilingual_model(client: openai.OpenAI) -> None:
 
 
 def test_a_missing_file_is_named(http: httpx.Client) -> None:
-    answer = http.post("/v1/audio/transcriptions", files={"model": (None, "whisper-1")})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "file"
+    for more in ({}, {"file": (None, "talk.mp3")}):
+        answer = http.post("/v1/audio/transcriptions", files={"model": (None, "whisper-1"), **more})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "file"
+        assert ("file=@" in answer.json()["error"]["message"]) == bool(more)
 
 
 def test_keys(tmp_path_factory: pytest.TempPathFactory) -> None:

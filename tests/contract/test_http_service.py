@@ -105,6 +105,10 @@ def test_silence_gives_no_words(http: httpx.Client) -> None:
     [
         ({"data": {"language": "en"}, "files": {"x": (None, "")}}, 422, "INVALID_INPUT", "no audio"),
         ({"files": {"sound": b"abc"}}, 422, "INVALID_INPUT", "audio, file"),
+        ({"files": {"audio": (None, "talk.mp3")}}, 422, "INVALID_INPUT", "audio=@"),
+        ({"files": {"file": (None, "talk.mp3")}}, 422, "INVALID_INPUT", "file=@"),
+        ({"json": {"audio_urls": ["https://a.b/c"]}}, 422, "INVALID_INPUT", "one audio_url"),
+        ({"json": {"input": {"audio_url": "https://a.b/c"}}}, 422, "INVALID_INPUT", "without input"),
         ({"files": [("audio", b"abc"), ("file", b"abc")]}, 422, "INVALID_INPUT", "one audio file"),
         ({"files": {"audio": b"abc"}, "data": {"audio_url": "https://a.b/c"}}, 422, "INVALID_INPUT", "audio once"),
         ({"files": {"audio": b"abc"}, "data": {"beam_size": "x"}}, 422, "INVALID_INPUT", "beam_size"),
@@ -311,6 +315,15 @@ def test_probes_and_status(http: httpx.Client) -> None:
     assert status["uptime_seconds"] > 0 and status["queue"]["requests_in_hand"] == 0
     assert status["settings"]["WHISPER_MAX_REQUESTS"] == 64
     assert status["settings"]["WHISPER_MODEL_CACHE"] == "set", "a path is nobody's business"
+
+
+def test_probes_and_pages_can_be_asked_for_their_head(http: httpx.Client) -> None:
+    for path in ("/", "/health", "/ready", "/ping", "/docs", "/openapi.json"):
+        answer, whole = http.head(path), http.get(path)
+        assert (answer.status_code, answer.content) == (200, b""), path
+        assert answer.headers["content-length"] == whole.headers["content-length"]
+    assert http.head("/transcribe").status_code == 405
+    assert 'route="/health",method="HEAD",status="200"' in http.get("/metrics").text
 
 
 def test_counters(http: httpx.Client) -> None:

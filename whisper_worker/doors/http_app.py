@@ -248,6 +248,9 @@ class Gate:
                     "Show one of the service's keys: Authorization: Bearer KEY.",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
+            if visit.scope["method"] == "HEAD" and path in _OPEN_PATHS:
+                # Monitors ask for no more of a probe or a page; the server leaves out the body.
+                visit.scope = {**visit.scope, "method": "GET"}
             await self._app(visit.scope, visit.receive, visit.send)
         except asyncio.CancelledError:
             # The time for stopping is over; the client is to try again elsewhere, not to give up.
@@ -280,7 +283,7 @@ class Gate:
         route = getattr(visit.scope.get("route"), "path", None) or "unknown"
         status = visit.status or GONE
         seconds = time.perf_counter() - visit.begun
-        method = visit.scope["method"]
+        method = visit.method
         if route == "unknown" or method not in _METHODS:
             method = "any"
         self._door.metrics.add("whisper_http_requests_total", route=route, method=method, status=str(status))
@@ -300,6 +303,7 @@ class _Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str, headers: dict[bytes, str]) -> None:
         self.scope = scope
+        self.method: str = scope["method"]
         self.headers = headers
         self.request_id = request_id
         self.begun = time.perf_counter()

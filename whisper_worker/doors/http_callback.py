@@ -50,6 +50,8 @@ def check_callback(url: object, settings: Settings) -> str:
             "The field callback_url cannot be honoured: callbacks are signed, and this service has no "
             "WHISPER_CALLBACK_SECRET. Ask for the job's state instead."
         )
+    if not url.strip().lower().startswith(("http://", "https://")):
+        raise Forbidden("The field callback_url is refused: it must begin with http:// or https://.")
     try:
         parsed = parse_http_url(url)
         _guard(settings).addresses(parsed.host, parsed.port)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from whisper_worker import formats
 from whisper_worker.cache.layout import find_model
 from whisper_worker.cache.names import same_model
-from whisper_worker.doors.http_body import Body
+from whisper_worker.doors.http_body import FILE_FIELDS, Body
 from whisper_worker.doors.http_desk import Desk
 from whisper_worker.doors.http_metrics import Metrics
 from whisper_worker.errors import InvalidInput
@@ -111,9 +111,24 @@ def _says_none(name: str, value: object) -> bool:
     return value in ("null", "None") and name not in _TEXTS
 
 
+def check_file_fields(fields: dict[str, Any]) -> None:
+    """Raises :class:`InvalidInput` where a file's name stands for the file: curl's ``@`` is easily forgotten."""
+    for name in FILE_FIELDS:
+        text = fields.get(name)
+        if isinstance(text, str) and text and not re.match("[A-Za-z][A-Za-z0-9+.-]+:", text):
+            raise InvalidInput(f"The field {name} holds text: send the file itself (curl: -F {name}=@talk.mp3).")
+
+
 def _uploaded(body: Body, fields: dict[str, Any]) -> AudioSource | None:
     if body.upload is None:
+        check_file_fields(fields)
         if not any(fields.get(name) for name in _SOURCES):
+            if fields.get("audio_urls"):
+                raise InvalidInput("The field audio_urls is the RunPod worker's: here send one audio_url a request.")
+            if isinstance(fields.get("input"), dict):
+                raise InvalidInput(
+                    "The field input is the RunPod worker's: send what it holds without input around it."
+                )
             raise InvalidInput("There is no audio: send it as the file audio, or its address as audio_url.")
         return None
     if any(fields.get(name) for name in _SOURCES):

@@ -56,7 +56,7 @@ class Metrics:
                 lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
                 suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
                 if name in now:
-                    lines.append(f"{name} {now[name]:g}")
+                    lines.append(f"{name} {now[name]:.10g}")
                 for suffix in suffixes:
                     for labels, value in self._values[name + suffix].items():
                         written = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels)

@@ -15,7 +15,7 @@ from typing import Any
 from whisper_worker import formats
 from whisper_worker.cache.names import known_short, same_model
 from whisper_worker.doors.http_body import Body
-from whisper_worker.doors.http_common import Door, read_job, strict
+from whisper_worker.doors.http_common import Door, check_file_fields, read_job, strict
 from whisper_worker.doors.http_errors import Refused
 from whisper_worker.errors import InvalidInput
 from whisper_worker.languages import LANGUAGES
@@ -53,15 +53,21 @@ class SpeechOrder:
 
 def read_order(body: Body, door: Door, task: Task) -> SpeechOrder:
     """Read a request of ``/v1/audio/*``. Raises :class:`InvalidInput` and :class:`Refused` (an unknown model)."""
+    if body.upload is None:
+        check_file_fields(body.fields)
     if body.upload is None and not any(body.fields.get(name) for name in ("audio_url", "audio_base64", "url")):
         raise Refused(400, "INVALID_INPUT", "There is no audio: send it as the field file.", param="file")
     fields = dict(body.fields)
+    stream = flag(fields.pop("stream", None), "stream")
     said = _check_model(fields.pop("model", None), door)
     response_format = _choice(
         fields.pop("response_format", None) or "json",
         "response_format",
         RESPONSE_FORMATS if task == "transcribe" else _TRANSLATION_FORMATS,
     )
+    if stream and response_format not in ("json", "diarized_json"):
+        said.append("response_format was ignored: a stream's events carry the text alone.")
+        response_format = "json"
     granularities = [
         _choice(value, "timestamp_granularities", ("word", "segment"))
         for value in _list(fields.pop("timestamp_granularities", None))
@@ -75,7 +81,6 @@ def read_order(body: Body, door: Door, task: Task) -> SpeechOrder:
             "include: logprobs of single tokens are not kept and were left out; avg_logprob of verbose_json "
             "is their mean over a segment."
         )
-    stream = flag(fields.pop("stream", None), "stream")
     speakers = tuple(str(name) for name in _list(fields.pop("known_speaker_names", None)))
     if speakers and response_format != "diarized_json":
         said.append("known_speaker_names has an effect with diarized_json only and was ignored.")
