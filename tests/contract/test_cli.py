@@ -175,6 +175,30 @@ def test_many_inputs_of_which_some_are_bad(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    done = whisper(JFK, "-o", "taken", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--output_dir" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_lines_that_nobody_can_take_do_not_end_the_work(tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*WHISPER, str(JFK), str(JFK), "-f", "txt"],
+            cwd=tmp_path,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=SECONDS,
+        )
+    assert done.returncode == 0
+    assert {path.name for path in tmp_path.glob("*.txt")} == {"jfk.txt", "jfk.flac.txt"}
+    told = done.stderr.decode()
+    assert told.count("standard output") == told.count("\n") == 1, told
+
+
 def test_dev_null_makes_the_model_ready_and_writes_nothing(tmp_path: Path) -> None:
     done = whisper("--model", "tiny.en", "--task", "transcribe", os.devnull, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "whisper: the model is ready\n")

@@ -29,6 +29,11 @@ def test_a_directory_gives_its_recordings_in_order_with_their_places(tmp_path: P
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
     assert stems([str(tmp_path / "calls")], tmp_path) == ["b/two", "c/deep/three", "one"]
+    for name in ("._one.wav", "b/._two.MP3", ".Trash/old.wav"):
+        path = tmp_path / "calls" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    assert stems([str(tmp_path / "calls")], tmp_path) == ["b/two", "c/deep/three", "one"], "hidden ones are not meant"
     (tmp_path / "empty").mkdir()
     assert stems([str(tmp_path / "empty")], tmp_path) == [f"{tmp_path / 'empty'}!"]
 

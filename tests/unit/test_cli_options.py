@@ -118,6 +118,8 @@ def test_keep_warm_without_seconds_leaves_the_file_behind_it_alone() -> None:
     assert parse(["--keep-warm", "call.wav"], "whisper").inputs == ("call.wav",)
     assert parse(["--keep-warm", "call.wav"], "whisper").keep_warm == 600.0
     assert command("--keep-warm=30").keep_warm == 30.0
+    spaced = parse(["--keep-warm", "30", "call.wav"], "whisper")
+    assert (spaced.keep_warm, spaced.inputs) == (30.0, ("call.wav",)), "it is how --help shows it"
     assert command().keep_warm is None
 
 

@@ -10,7 +10,7 @@ from contextlib import closing
 import pytest
 
 from whisper_worker.doors.live import _end
-from whisper_worker.doors.live_health import HealthServer, Vitals
+from whisper_worker.doors.live_health import HealthServer, Pages, Vitals
 
 ADDRESSES = ("127.0.0.1", "[::1]")
 
@@ -46,6 +46,12 @@ def test_health_listens_where_the_service_does(host: str) -> None:
         pytest.skip("this machine has no IPv6")
     with closing(HealthServer(host, 0, Vitals(0, 1, {}))) as health:
         assert [answers(address, health.port) for address in ADDRESSES] == asyncio.run(listens(host))
+
+
+def test_counters_do_not_stand_still() -> None:
+    vitals = Vitals(0, 1, {}, audio_seconds=1_234_567.5)
+    page = Pages(vitals).get("/metrics")
+    assert page is not None and "whisper_live_audio_seconds_total 1234567.5\n" in page[2]
 
 
 async def test_a_lost_cancellation_is_repeated() -> None:

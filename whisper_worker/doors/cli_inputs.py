@@ -77,12 +77,21 @@ def _expand(word: str, spool: Path, settings: Settings) -> Iterator[Input]:
             raise InvalidInput("There is no such file, or it may not be read.") from None
         yield Input(path.name or word, PurePath(path.stem or "audio"), AudioSource(path=path))
         return
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in MEDIA and file.is_file())
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in MEDIA and file.is_file() and not _is_hidden(file.relative_to(path))
+    )
     if not found:
         raise InvalidInput("The directory holds no file that is called like audio or video.")
     for file in found:
         below = file.relative_to(path)
         yield Input(str(below), below.with_suffix(""), AudioSource(path=file))
+
+
+def _is_hidden(below: PurePath) -> bool:
+    """Trash, and the ``._call.wav`` that other systems put beside a recording: nobody means them."""
+    return any(part.startswith(".") for part in below.parts)
 
 
 def is_directory(word: str) -> bool:

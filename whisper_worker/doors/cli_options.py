@@ -8,6 +8,7 @@ in the payload: the engine's default holds.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ EXIT_CODES = """exit status:
 With several files the others are still done, and the first failure gives the status."""
 
 KEEP_WARM_SECONDS = 600.0
+_KEEP_WARM = ("--keep-warm", "--keep_warm")
 
 _PAYLOAD = (
     "task language temperature best_of beam_size patience length_penalty suppress_tokens initial_prompt "
@@ -107,10 +109,8 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None, prog: str) -> Command:
     """Read the arguments; leaves by SystemExit as argparse does (0 after --help, 2 for a wrong one)."""
     given = list(sys.argv[1:] if argv is None else argv)
-    # An optional value would swallow the file behind it: `--keep-warm call.wav`.
-    given = [f"{word}={KEEP_WARM_SECONDS:g}" if word in ("--keep-warm", "--keep_warm") else word for word in given]
     parser = build_parser(prog)
-    values = vars(parser.parse_args(given))
+    values = vars(parser.parse_args(_with_seconds(given)))
     _check_words(parser, values)
     payload = {name: values[name] for name in _PAYLOAD if name in values}
     for name, off in _OFF.items():
@@ -147,6 +147,17 @@ def parse(argv: Sequence[str] | None, prog: str) -> Command:
         carry_initial_prompt=values.get("carry_initial_prompt"),
         given=frozenset(values),
     )
+
+
+def _with_seconds(given: Sequence[str]) -> list[str]:
+    """Each ``--keep-warm`` with its seconds; argparse would take the file behind it for them."""
+    words: list[str] = []
+    for word in given:
+        if words and words[-1] in _KEEP_WARM and re.fullmatch(r"[0-9]+(\.[0-9]+)?", word) and not Path(word).exists():
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return [f"{word}={KEEP_WARM_SECONDS:g}" if word in _KEEP_WARM else word for word in words]
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -266,8 +277,7 @@ def _add_service(group: argparse._ArgumentGroup) -> None:
         "--client-cert", "--client_cert", type=Path, help="PEM file with certificate and key, for mutual TLS"
     )
     group.add_argument(
-        "--keep-warm",
-        "--keep_warm",
+        *_KEEP_WARM,
         type=_seconds,
         metavar="SECONDS",
         help="leave the model loaded in a local service for the next calls, until it was idle for so long; "

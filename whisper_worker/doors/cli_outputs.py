@@ -45,6 +45,15 @@ def write_outputs(
             raise InvalidInput(f"The {extension} file cannot be written ({reason}); see --output_dir.") from error
 
 
+def check_place(directory: Path, stem: PurePath) -> None:
+    """Look at the place of a recording's outputs before hours of work for it. Raises :class:`InvalidInput`."""
+    place = (directory / stem).parent
+    there = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        reason = "may not be written to" if there.is_dir() else "is no directory"
+        raise InvalidInput(f"The outputs have no place: what --output_dir names {reason}.")
+
+
 def verbose_json(transcript: Transcript, task: str) -> dict[str, Any]:
     """OpenAI's shape of this name, and what else is known: probability, warnings, receipt."""
     common = transcript_to_dict(transcript)
@@ -86,12 +95,13 @@ class Console:
         if self._verbose:
             self._print(line, sys.stdout)
 
-    @staticmethod
-    def _print(line: str, stream: TextIO) -> None:
+    def _print(self, line: str, stream: TextIO) -> None:
         try:
             print(" ".join(line.splitlines()), file=stream, flush=True)
-        except BrokenPipeError:
-            # Who read the lines has heard enough; the files are wanted all the same.
+        except OSError as error:
+            # Who read the lines has heard enough, or there is no room for them; the files are wanted all the same.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                self.say(f"warning: standard output takes no more lines ({error.strerror}).")

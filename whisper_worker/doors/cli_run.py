@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 from whisper_worker.audio.jobdir import job_directory
 from whisper_worker.doors.cli_inputs import Input, expand, is_directory
 from whisper_worker.doors.cli_options import Command
-from whisper_worker.doors.cli_outputs import Console, write_outputs
+from whisper_worker.doors.cli_outputs import Console, check_place, write_outputs
 from whisper_worker.errors import InvalidInput, WhisperWorkerError
 from whisper_worker.languages import LANGUAGES
 from whisper_worker.settings import Settings
@@ -93,6 +93,7 @@ def _one(item: Input, command: Command, engine: Engine, console: Console, severa
         engine.prepare()
         console.say("the model is ready")
         return
+    check_place(command.output_dir, item.stem)
     if several:
         console.note(f"{item.shown}:")
     with _bar(command.verbose is False, item.shown) as on_progress:

@@ -179,7 +179,7 @@ def _metrics(vitals: Vitals) -> str:
         ("peak_memory_bytes", "gauge", "Largest resident size so far.", peak_memory_mb() * 2**20),
     ]
     return "".join(
-        f"# HELP whisper_live_{name} {meaning}\n# TYPE whisper_live_{name} {kind}\nwhisper_live_{name} {value:g}\n"
+        f"# HELP whisper_live_{name} {meaning}\n# TYPE whisper_live_{name} {kind}\nwhisper_live_{name} {value:.10g}\n"
         for name, kind, meaning, value in rows
     )
 
