@@ -28,9 +28,20 @@ if ! command -v docker >/dev/null || ! docker compose version >/dev/null 2>&1; t
   say "Installing Docker"
   need_program apt-get "this script knows Debian and Ubuntu; elsewhere install Docker with compose yourself"
   as_root apt-get update -qq
-  # Ubuntu calls the second one docker-compose-v2, Docker's own repository docker-compose-plugin.
-  if apt-cache show docker-compose-v2 >/dev/null 2>&1; then plugin=docker-compose-v2; else plugin=docker-compose-plugin; fi
-  as_root apt-get install -y -qq docker.io "$plugin" curl python3
+  # Compose 2 is docker-compose-plugin in Docker's own repository, docker-compose-v2 in Ubuntu's, docker-compose in
+  # Debian's from 13 on; before, that name stood for version 1.
+  plugin=
+  for name in docker-compose-plugin docker-compose-v2 docker-compose; do
+    version=$(apt-cache show --no-all-versions "$name" 2>/dev/null | sed -n 's/^Version: //p') || true
+    case $version in '' | 1.*) ;; *) plugin=$name && break ;; esac
+  done
+  [ -n "$plugin" ] || die "This system has no package of Docker's compose 2 (Debian has one from 13 on): install Docker \
+as https://docs.docker.com/engine/install/ says, then run this again."
+  # Docker's own packages and the system's shut each other out; an engine that is there stays.
+  engine=docker.io
+  [ "$plugin" != docker-compose-plugin ] || engine=docker-ce
+  if command -v docker >/dev/null; then engine=; fi
+  as_root apt-get install -y -qq ${engine:+"$engine"} "$plugin" curl python3
 fi
 
 say "Files into $EDGE_DIR"

@@ -4,6 +4,8 @@
 #   deploy/recorder/build-remote.sh /usr/local/bin/whisper-remote
 set -eu
 
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
+
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 output=${1:-whisper-remote}
 python=${PYTHON:-python3}

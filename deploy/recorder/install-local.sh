@@ -5,6 +5,8 @@
 # WHISPER_MODEL_CACHE name others.
 set -eu
 
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
+
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 model=${1:-small}
 bin=${BIN:-/usr/local/bin}

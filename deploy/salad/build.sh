@@ -5,6 +5,8 @@
 # TORCH=cpu a build to try without a card.
 set -eu
 
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
+
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 model=${1:-small.en}
 docker=${DOCKER:-docker}

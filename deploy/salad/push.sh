@@ -5,6 +5,8 @@
 # (docker login). A version is asked for because Salad's machines keep what "latest" was.
 set -eu
 
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
+
 docker=${DOCKER:-docker}
 do=
 if [ "${1:-}" = --dry-run ]; then

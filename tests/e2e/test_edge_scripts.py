@@ -114,6 +114,49 @@ def test_help_and_dry_run(path: Path, tmp_path: Path) -> None:
     assert "would " in said or number == "210"
 
 
+@pytest.mark.parametrize(
+    ("archive", "installed"),
+    [
+        ({"docker-compose-v2": "2.24"}, "docker.io docker-compose-v2 "),  # Ubuntu
+        ({"docker-compose": "2.26.1-4"}, "docker.io docker-compose "),  # Debian 13
+        ({"docker-compose": "1.29.2-3"}, None),  # Debian 12 has the version that docker itself does not know
+        ({"docker-compose": "1.29.2-3", "docker-compose-plugin": "5.1", "docker-ce": "5:29.0"}, "docker-ce docker-com"),
+    ],
+)
+def test_compose_has_another_name_everywhere(archive: dict[str, str], installed: str | None, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    cases = "".join(f'{name}) echo "Version: {version}";;' for name, version in archive.items())
+    (tools / "apt-cache").write_text(f'#!/bin/sh\ncase "$3$4" in {cases} *) exit 100;; esac\n')
+    (tools / "apt-get").write_text("#!/bin/sh\nexit 99\n")
+    for name in ("bash", "sh", "dirname", "sed", "grep", "mktemp", "rm", "id", "cat", "basename", "head", "cmp"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    for tool in ("apt-cache", "apt-get"):
+        (tools / tool).chmod(0o755)
+    config = write_config(tmp_path / ".env-http", EDGE_HOST="192.0.2.1", GPU_URL="http://192.0.2.2:9090")
+    done = script("305", "--dry-run", config=config, PATH=str(tools), EDGE_DIR=str(tmp_path / "edge"))
+    said = done.stdout + done.stderr
+    if installed is None:
+        assert done.returncode == 1 and "docs.docker.com" in said
+    else:
+        assert f"install -y -qq {installed}" in said
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted([*(ROOT / "deploy" / "salad").glob("[bp]*.sh"), *(ROOT / "deploy" / "recorder").glob("*.sh")]),
+    ids=lambda p: p.name,
+)
+def test_whoever_asks_for_help_gets_no_work_done(path: Path, tmp_path: Path) -> None:
+    """``--help`` was taken for a model, and installed."""
+    plain = {"PATH": os.environ["PATH"], "DOCKER": "false", "PYTHON": "false", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        ["sh", str(path), "--help"], env=plain, capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert done.returncode == 0 and path.name in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_configuration_is_data(tmp_path: Path) -> None:
     """Nothing in .env-http is executed, a wrong line is named, and not what it holds."""
     config = tmp_path / ".env-http"
