@@ -12,11 +12,9 @@ def tried(text: str, logprob: float = -0.3, no_speech: float = 0.01, temperature
     return quality.attempt(DecodingResult((1, 2), logprob, no_speech, temperature), text)
 
 
-def judge(
-    *attempts: Attempt, doubtful: bool = False, options: TranscribeOptions | None = None, seconds: float = 5.0
-) -> Verdict:
+def judge(*attempts: Attempt, doubtful: bool = False, options: TranscribeOptions | None = None) -> Verdict:
     options = options or TranscribeOptions()
-    return quality.judge(attempts, quality.ladder(options, ()), options, doubtful=doubtful, seconds=seconds)
+    return quality.judge(attempts, quality.ladder(options, ()), options, doubtful=doubtful)
 
 
 def test_the_ladder_has_two_searches_by_beams_then_heat() -> None:
@@ -57,16 +55,6 @@ def test_plain_text_is_accepted_and_a_weak_one_tried_again() -> None:
     assert judge(tried("a plain sentence")) is Verdict.ACCEPT
     assert judge(tried("a weak sentence", logprob=-1.4)) is Verdict.RETRY
     assert judge(tried("loop " * 60)) is Verdict.RETRY
-
-
-def test_a_short_decode_that_is_unsure_is_searched_more_widely_once() -> None:
-    assert judge(tried("perhaps this", logprob=-0.6)) is Verdict.RETRY
-    assert judge(tried("perhaps this", logprob=-0.6), tried("perhaps that", logprob=-0.55)) is Verdict.ACCEPT
-    assert judge(tried("perhaps this", logprob=-0.6), seconds=20.0) is Verdict.ACCEPT
-    single = TranscribeOptions(temperature_increment_on_fallback=None)
-    assert judge(tried("perhaps this", logprob=-0.6), options=single) is Verdict.ACCEPT
-    assert judge(tried("perhaps this", logprob=-0.6), options=TranscribeOptions(beam_size=2)) is Verdict.ACCEPT
-    assert judge(tried("perhaps this", logprob=-0.6), options=TranscribeOptions(beam_size=1)) is Verdict.ACCEPT
 
 
 def test_two_searches_that_run_in_the_same_loop_prove_nothing() -> None:

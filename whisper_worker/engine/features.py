@@ -22,6 +22,9 @@ Waveform = NDArray[np.int16] | NDArray[np.float32] | Tensor
 
 N_FFT = 400
 HOP = 160
+LEAST_FRAMES = 1200
+"""What is said in a window shorter than this is heard better with silence behind it: the model was trained on 30 s."""
+
 _CHUNK_FRAMES = 1000
 _SMALLEST = 1e-10
 
@@ -50,6 +53,11 @@ def log_mel(
     if peak is None and mel.numel():
         peak = float(mel.max())
     return mel if peak is None else mel.clamp_(min=peak - 8.0).add_(4.0).div_(4.0)
+
+
+def with_silence(mel: Tensor, n_frames: int) -> Tensor:
+    """``mel`` ``(n_mels, n)`` with silence (its own floor) behind it, so that it has ``n_frames`` at least."""
+    return F.pad(mel, (0, max(0, n_frames - mel.shape[1])), value=float(mel.min()))
 
 
 def log_mel_peak(waveform: Waveform, n_mels: int) -> float:

@@ -73,7 +73,7 @@ class LiveRecognizer:
         verdict = Verdict.RETRY
         while verdict is Verdict.RETRY and len(tried) < len(steps):
             tried.append(one.decode(steps[len(tried)], wide=bool(tried)))
-            verdict = quality.judge(tried, steps, self._options, doubtful=request.doubtful, seconds=request.seconds)
+            verdict = quality.judge(tried, steps, self._options, doubtful=request.doubtful)
         kept = tried[-1] if verdict is Verdict.ACCEPT else quality.best(tried, self._options)
         limit = self._options.compression_ratio_threshold
         repeats = kept.loop or (limit is not None and kept.compression_ratio > limit)
@@ -183,16 +183,13 @@ class _Window:
         return done.result
 
     def _mel(self) -> torch.Tensor:
-        from whisper_worker.engine.features import log_mel, log_mel_peak
+        from whisper_worker.engine.features import LEAST_FRAMES, log_mel, log_mel_peak, with_silence
 
         owner, waveform = self._owner, self._request.waveform
         owner._peak = max(owner._peak, log_mel_peak(waveform, owner._info.n_mels))
         mel = log_mel(waveform, owner._info.n_mels, peak=owner._peak)
-        if not self._wide:
-            return mel
-        padded = mel.new_full((mel.shape[0], N_FRAMES), float(mel.min()))
-        padded[:, : mel.shape[1]] = mel
-        return padded
+        # What still grows is heard again in a moment, so the silence is not worth its time there.
+        return with_silence(mel, N_FRAMES if self._wide else LEAST_FRAMES if self._request.final else 0)
 
 
 def _is_punctuation(text: str) -> bool:

@@ -366,9 +366,7 @@ class _Run:
         said = [token for token in work.result.tokens if token < self.tokenizer.eot]
         loop = quality.is_loop(said, text, self._sure_seconds(one.window))
         one.tried.append(quality.attempt(work.result, text, loop=loop))
-        verdict = quality.judge(
-            one.tried, self.attempts, self.options, doubtful=one.window.doubtful, seconds=one.window.seconds
-        )
+        verdict = quality.judge(one.tried, self.attempts, self.options, doubtful=one.window.doubtful)
         if verdict is Verdict.RETRY and len(one.tried) < len(self.attempts):
             if len(one.tried) == 1:
                 self.retried += 1
@@ -493,15 +491,11 @@ class _Run:
 
 
 def _features(waveform: npt.NDArray[np.int16], n_mels: int, window: Window, peak: float, *, wide: bool) -> torch.Tensor:
-    """A window's mel; ``wide``: with silence up to 30 s behind it."""
-    from whisper_worker.engine.features import log_mel
+    """A window's mel with silence behind it where it is short; ``wide``: up to 30 s."""
+    from whisper_worker.engine.features import LEAST_FRAMES, log_mel, with_silence
 
     mel = log_mel(waveform, n_mels, window.start, window.stop, peak=peak)
-    if not wide:
-        return mel
-    padded = mel.new_full((mel.shape[0], N_FRAMES), float(mel.min()))
-    padded[:, : mel.shape[1]] = mel
-    return padded
+    return with_silence(mel, N_FRAMES if wide else LEAST_FRAMES)
 
 
 def _seconds(spans: Sequence[SpeechSpan]) -> Spans:

@@ -23,12 +23,6 @@ _TOKENS_PER_SECOND = 8.0
 _LOOP_RATIO = 2.4
 """Compression ratio of repetition, openai/whisper's: loops of whole sentences have no short repeats."""
 
-_UNSURE_LOGPROB = -0.5
-_SHORT_SECONDS = 10.0
-"""A short window's decode less likely than this is searched again, in full context, though it passes
-the thresholds: context is what it lacks, and what costs little there. Not where the caller chose the number of
-beams, and with it what a window may cost."""
-
 
 class Verdict(Enum):
     ACCEPT = "accept"
@@ -102,11 +96,10 @@ def judge(
     options: TranscribeOptions,
     *,
     doubtful: bool,
-    seconds: float,
 ) -> Verdict:
     """Judge the last attempt by openai/whisper's rules, a doubtful window by stricter ones.
 
-    ``steps`` is the ladder, ``seconds`` the window's length; RETRY is said even where there is no further step.
+    ``steps`` is the ladder; RETRY is said even where there is no further step.
     """
     last = tried[-1]
     logprob, no_speech = last.result.avg_logprob, last.result.no_speech_prob
@@ -127,13 +120,7 @@ def judge(
         # Two ways of searching agree on the repetition, at a speaker's pace: it was really said. The same way in
         # other context is not a second one: beams end repetitions early, and do so twice.
         return Verdict.ACCEPT
-    if repeats or low:
-        return Verdict.RETRY
-    search_follows = len(tried) == 1 and len(steps) > 1 and steps[1].beam_size is not None
-    unsure = options.logprob_threshold is not None and logprob < _UNSURE_LOGPROB
-    if unsure and search_follows and options.beam_size is None and seconds < _SHORT_SECONDS:
-        return Verdict.RETRY
-    return Verdict.ACCEPT
+    return Verdict.RETRY if repeats or low else Verdict.ACCEPT
 
 
 def best(tried: Sequence[Attempt], options: TranscribeOptions) -> Attempt:
