@@ -111,11 +111,17 @@ class Settings:
         "`native` (this project's forward pass) or `transformers` (the reference).",
         "WHISPER_ENGINE",
     )
-    device: str = _setting("auto", _choice("auto", "cpu", "cuda"), "Where the model runs.", "WHISPER_DEVICE")
+    device: str = _setting(
+        "auto",
+        _choice("auto", "cpu", "cuda"),
+        "Where the model runs: `cpu`, `cuda`, or `auto`: a card if there is one.",
+        "WHISPER_DEVICE",
+    )
     compute_type: str = _setting(
         "auto",
         _choice(*COMPUTE_TYPES),
-        "Precision. `auto` takes the fastest that keeps the text: float16 on a GPU; on a CPU int8 "
+        "Precision: `int8`, `int8_float16`, `float16`, `bfloat16`, `float32`; what the device lacks becomes its "
+        "nearest. `auto` takes the fastest that keeps the text: float16 on a GPU; on a CPU int8 "
         "decoder weights with a bfloat16 (where the processor has it) or float32 encoder.",
         "WHISPER_COMPUTE_TYPE",
     )

@@ -29,6 +29,12 @@ fi
 say "packages, into $here/.venv (minutes the first time)"
 "${PYTHON:-python3}" "$here/scripts/setup_venv.py" run
 
+if command -v nvidia-smi >/dev/null && ! "$here/.venv/bin/python" -c 'import sys, torch
+sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  echo "WARNING: torch does not see the card, and the service would run on the processor: the driver must be 580 or" \
+    "newer, for CUDA 13 (nvidia-smi shows both)." >&2
+fi
+
 model=$(sed -n 's/^WHISPER_MODEL=//p' "$settings" | tail -n 1)
 say "model ${model:=small.en}"
 "$here/.venv/bin/python" "$here/save_pipeline.py" --model "$model"

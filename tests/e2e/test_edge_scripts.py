@@ -396,6 +396,7 @@ def test_the_gpu_box_is_installed_over_ssh(tmp_path: Path) -> None:
         f'GPU_ROOT={box} exec bash -c "$last"\n'
     )
     (tools / "sudo").write_text('#!/bin/sh\nexec "$@"\n')
+    (tools / "nvidia-smi").write_text("#!/bin/sh\n")  # a driver that torch can do nothing with
     for tool in tools.iterdir():
         tool.chmod(0o755)
     config = write_config(
@@ -410,6 +411,7 @@ def test_the_gpu_box_is_installed_over_ssh(tmp_path: Path) -> None:
         done = script("310", config=config, timeout=900, **path)
         assert done.returncode == 0 and "not started: GPU_ROOT" in done.stdout, done.stdout + done.stderr
         assert "a-key" not in done.stdout + done.stderr
+        assert "torch does not see the card" in done.stderr
     settings = box / "etc" / "whisperlive.env"
     assert settings.stat().st_mode & 0o777 == 0o600
     lines = settings.read_text().splitlines()
