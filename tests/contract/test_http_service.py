@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import json
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,12 @@ import numpy as np
 import pytest
 
 from tests.contract.http_kit import JFK, PRINTING, SILENCE, long_speech, metric, serving, until, waveform
+from whisper_worker.doors import http_desk
 from whisper_worker.doors.http_docs import OPTIONS
 from whisper_worker.doors.http_errors import STATUSES, error_body, refusal
 from whisper_worker.errors import ERROR_CODES, Busy, InvalidInput
 from whisper_worker.settings import Settings
-from whisper_worker.types import TranscribeOptions
+from whisper_worker.types import CancelToken, TranscribeOptions
 
 SAID = "ask what you can do for your country"
 
@@ -236,6 +240,30 @@ def test_a_client_that_goes_takes_its_work_along(http: httpx.Client, tmp_path: P
     until(lambda: metric(http, "whisper_requests_in_hand") == 0)
     # Neither was transcribed to its end.
     assert metric(http, "whisper_audio_seconds_total") == before
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_a_listener_that_goes_is_let_go_of_when_its_work_has_ended(
+    heard: bool, http: httpx.Client, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second cancellation came between: the seat was free and the directory gone while the thread still worked."""
+    monkeypatch.setattr(http_desk, "FIRST_EVENT", 0.01)
+    stopped, too_early = http_desk._stop, []
+
+    async def watched(running: Future[Any], done: asyncio.Future[Any], cancel: CancelToken) -> None:
+        try:
+            await stopped(running, done, cancel)
+        finally:
+            too_early.append(not running.done())
+
+    monkeypatch.setattr(http_desk, "_stop", watched)
+    speech = long_speech(tmp_path / "long.wav", 5).read_bytes()
+    with http.stream("POST", "/transcribe?stream=true", files={"audio": speech}) as answer:
+        assert not heard or any(line == "event: segment" for line in answer.iter_lines())
+    until(lambda: too_early and metric(http, "whisper_requests_in_hand") == 0)
+    assert too_early == [False]
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def _connection(http: httpx.Client) -> socket.socket:

@@ -140,14 +140,32 @@ class EventStream(StreamingResponse):
     def __init__(self, source: AsyncGenerator[bytes, None]) -> None:
         # Proxies that collect answers (nginx does) would hold events back.
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(source, headers=headers, media_type="text/event-stream")
+        super().__init__(self._pieces(), headers=headers, media_type="text/event-stream")
         self._source = source
+        self._next: asyncio.Future[bytes] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
+            if self._next is not None:
+                self._next.cancel()
+                await asyncio.wait({self._next})
+                if not self._next.cancelled():
+                    self._next.exception()  # asked for, so that nobody complains of one that never was
             await self._source.aclose()
+
+    async def _pieces(self) -> AsyncGenerator[bytes, None]:
+        # Each in a task of its own: where the client goes, the framework cancels again and again until all has ended,
+        # and the source has to wait for its thread.
+        while True:
+            self._next = asyncio.ensure_future(anext(self._source))
+            await asyncio.wait({self._next})
+            try:
+                piece = self._next.result()
+            except StopAsyncIteration:
+                return
+            yield piece
 
 
 async def begun(
