@@ -206,6 +206,13 @@ def test_where_no_service_can_be_had_the_work_is_done_here(runtime: Path) -> Non
     assert "--keep-warm does not work here" in line
 
 
+def test_a_directory_that_cannot_be_made_gives_way(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After ``su`` the variable names what is another user's."""
+    monkeypatch.setattr("tempfile.tempdir", str(runtime))
+    (runtime / "file").write_text("")
+    assert runtime_directory(Settings(runtime_dir=runtime / "file")).parent == runtime
+
+
 def test_a_directory_that_others_may_enter_is_not_used(runtime: Path) -> None:
     """Who can make the socket first hears every recording."""
     assert runtime_directory(Settings(runtime_dir=runtime)).stat().st_mode & 0o777 == 0o700

@@ -172,7 +172,12 @@ def runtime_directory(settings: Settings) -> Path:
     for directory in places:
         if len(os.fsencode(directory)) > _LONGEST_SOCKET_PATH - 24:
             continue
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:  # after su, XDG_RUNTIME_DIR still is the other user's
+            if directory is places[-1]:
+                raise
+            continue
         status = directory.lstat()
         # In a shared place somebody else may have made it first, to listen in.
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
