@@ -422,7 +422,7 @@ def _error_of(answer: _Answer) -> WhisperWorkerError:
         pass
     status = answer.status
     if status in (401, 403):
-        return Forbidden("The service refuses this caller: give its key with --key-file.")
+        return Forbidden("The service refuses this caller: --key-file must name a file with one of its keys.")
     if status == 413:
         return TooLarge("The service takes no file of this size.")
     if status in _BUSY_STATUS:
