@@ -31,7 +31,7 @@ def client(http: httpx.Client) -> Iterator[openai.OpenAI]:
 
 def test_json_is_the_default(client: openai.OpenAI) -> None:
     answer = client.audio.transcriptions.create(file=JFK, model="whisper-1")
-    assert SAID in answer.text
+    assert SAID in answer.text.lower()
     assert answer.usage is not None and answer.usage.type == "duration" and answer.usage.seconds == 11.0
     assert answer.model_extra is not None and "warnings" not in answer.model_extra
 
@@ -84,7 +84,7 @@ def test_every_other_option(client: openai.OpenAI) -> None:
         languages=["en", "de"],
         extra_body={"beam_size": 2, "nonsense": 1},
     )
-    assert SAID in answer.text
+    assert SAID in answer.text.lower()
     assert answer.model_extra is not None
     warnings = " ".join(answer.model_extra["warnings"])
     for name in ("prefix_padding_ms", "logprobs", "nonsense", "languages"):

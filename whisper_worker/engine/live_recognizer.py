@@ -32,6 +32,10 @@ _TOKENS_PER_SECOND = 8.0
 _FINAL_ATTEMPTS = 3
 _BEAM = 3
 """Fewer than for a file: a live window is decoded many times before it is final."""
+_UNSURE_LOGPROB = -0.5
+_SHORT_SECONDS = 10.0
+"""A short final window's decode less likely than this is searched again, in full context, though it passes the
+thresholds. A file's short windows have more context at once, which here would have to be paid for at every decode."""
 
 
 class LiveRecognizer:
@@ -74,6 +78,9 @@ class LiveRecognizer:
         while verdict is Verdict.RETRY and len(tried) < len(steps):
             tried.append(one.decode(steps[len(tried)], wide=bool(tried)))
             verdict = quality.judge(tried, steps, self._options, doubtful=request.doubtful)
+            unsure = request.seconds < _SHORT_SECONDS and tried[0].result.avg_logprob < _UNSURE_LOGPROB
+            if verdict is Verdict.ACCEPT and unsure and len(tried) == 1 < len(steps):
+                verdict = Verdict.RETRY
         kept = tried[-1] if verdict is Verdict.ACCEPT else quality.best(tried, self._options)
         limit = self._options.compression_ratio_threshold
         repeats = kept.loop or (limit is not None and kept.compression_ratio > limit)
@@ -183,13 +190,12 @@ class _Window:
         return done.result
 
     def _mel(self) -> torch.Tensor:
-        from whisper_worker.engine.features import LEAST_FRAMES, log_mel, log_mel_peak, with_silence
+        from whisper_worker.engine.features import log_mel, log_mel_peak, with_silence
 
         owner, waveform = self._owner, self._request.waveform
         owner._peak = max(owner._peak, log_mel_peak(waveform, owner._info.n_mels))
         mel = log_mel(waveform, owner._info.n_mels, peak=owner._peak)
-        # What still grows is heard again in a moment, so the silence is not worth its time there.
-        return with_silence(mel, N_FRAMES if self._wide else LEAST_FRAMES if self._request.final else 0)
+        return with_silence(mel, N_FRAMES) if self._wide else mel
 
 
 def _is_punctuation(text: str) -> bool:
