@@ -3,11 +3,13 @@
     python benchmarks/http_load.py --manifest FILE --model NAME
         [--clients 32] [--requests 96] [--soak 400] [--peers faster-whisper-greedy]
 
-The service is started as people start it. Three things are measured on the same weights:
+The service is started as people start it. Four things are measured on the same weights:
 
 - clients: each uploads one recording after another, all of them at once, --requests in all;
-- bulk: the very same audio, joined into one recording and uploaded by one client, which is what
-  the engine gives when it may fill its batches as it likes;
+- bulk: the same recordings as one batch, handed to the engine in one process without a service, as many at once
+  as there are clients: what the service could give at best;
+- joined: the same sound as one recording, uploaded by one client. Windows of 20 s hold several recordings then,
+  where else each has its own, with silence behind it;
 - peers: the same recordings one at a time in one process, without a service in between.
 
 Then --soak further requests, four at a time, show whether the service's memory grows. A new service takes
@@ -15,14 +17,16 @@ more with every length and mix of windows that it has not met, and gives some ba
 the first half of the soak's requests, 200 at most, warm it up; after that its resident memory is read every
 20 requests, and the medians of the first 200 and the last 200 requests are compared.
 
-The last line is JSON: ``audio_s``; ``clients``, ``bulk`` and each peer with ``wall_s`` and ``speed``
+The last line is JSON: ``audio_s``; ``clients``, ``bulk``, ``joined`` and each peer with ``wall_s`` and ``speed``
 (audio seconds a second), the first with ``p50_s`` and ``p95_s`` of a request and ``failed``;
-``of_bulk`` and ``of_peers``: the clients' speed divided by theirs; ``soak``: ``requests``, ``failed``, and MB
-of resident memory ``before``, ``first``, ``last`` and at most (``largest``), with ``growth_percent`` of the median.
+``of_bulk``, ``of_joined`` and ``of_peers``: the clients' speed divided by theirs; ``soak``: ``requests``,
+``failed``, and MB of resident memory ``before``, ``first``, ``last`` and at most (``largest``), with
+``growth_percent`` of the median.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -31,7 +35,9 @@ import threading
 import time
 import wave
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median, quantiles
@@ -39,7 +45,12 @@ from typing import Any
 
 import requests
 from common import ROOT, Bench, Entry, bench_from, parser, print_json, print_table, read_manifest, say
+from jobs import load
 from join import SAMPLE_RATE, decode
+
+from whisper_worker.audio.decode import decode as read
+from whisper_worker.settings import Settings
+from whisper_worker.types import TranscribeOptions
 
 _READY_SECONDS = 600.0
 _REQUEST_SECONDS = 3600.0
@@ -164,6 +175,23 @@ def soak(service: Service, entries: Sequence[Entry], n_requests: int) -> dict[st
     }
 
 
+def as_one_batch(arguments: argparse.Namespace, entries: Sequence[Entry]) -> float:
+    """Wall seconds for all recordings, decoded and transcribed by one pipeline in this process."""
+    settings = replace(Settings.from_env(), batch_size=arguments.batch_size)
+    pipeline = load(arguments, settings)
+
+    def transcribe(entry: Entry) -> None:
+        options = TranscribeOptions(language=_language(entry))
+        pipeline.transcribe(read(entry.path, settings).waveform, options)
+
+    transcribe(entries[0])
+    with ThreadPoolExecutor(arguments.clients) as pool:
+        begun = time.perf_counter()
+        for _ in pool.map(transcribe, entries):
+            pass
+        return time.perf_counter() - begun
+
+
 def one_at_a_time(bench: Bench, name: str, entries: Sequence[Entry]) -> float:
     with bench.start(name) as engine:
         engine.ready()
@@ -221,8 +249,9 @@ def main() -> None:
             "p95_s": quantiles(seconds, n=20)[-1] if len(seconds) > 1 else seconds[0],
             "failed": failed,
         }
-        results["bulk"] = {"wall_s": service.transcribe(path, arguments.language)}
+        results["joined"] = {"wall_s": service.transcribe(path, arguments.language)}
         memory = soak(service, known, arguments.soak) if arguments.soak else {}
+    results["bulk"] = {"wall_s": as_one_batch(arguments, entries)}
     for name in arguments.peers:
         results[name] = {"wall_s": one_at_a_time(bench, name, entries)}
 
@@ -256,8 +285,10 @@ def main() -> None:
             "audio_s": round(audio_s, 2),
             "clients": rounded.pop("clients"),
             "bulk": rounded.pop("bulk"),
+            "joined": rounded.pop("joined"),
             "peers": rounded,
             "of_bulk": round(speed / results["bulk"]["speed"], 3),
+            "of_joined": round(speed / results["joined"]["speed"], 3),
             "of_peers": {name: round(speed / results[name]["speed"], 3) for name in rounded},
             "soak": {name: round(value, 1) for name, value in memory.items()},
         }
