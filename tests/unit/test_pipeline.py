@@ -324,6 +324,14 @@ def test_what_lies_between_and_around_clips_is_not_decoded(
     assert sorted(row.max_timestamp for row in recognizer.rows) == pytest.approx([1.0, 2.0, 3.0], abs=0.02)
 
 
+@pytest.mark.parametrize(("times", "warned"), [((2.0, 90.0), False), ((2.0, 4.0, 30.0), True), ((40.0, 50.0), True)])
+def test_clips_behind_the_end_are_told(
+    run: Callable[..., PipelineResult], english: Tokenizer, times: tuple[float, ...], warned: bool
+) -> None:
+    result = run(Scripted(english, plainly()), Detector(), 30.0, TranscribeOptions(clip_timestamps=times))
+    assert any("behind the end of the recording (30.00 s)" in warning for warning in result.warnings) == warned
+
+
 def test_many_clips_of_a_long_recording_are_cut_at_once() -> None:
     spans = [SpeechSpan(start, start + 7) for start in range(0, 200_000, 10)]
     clips = [SpeechSpan(start, start + 5) for start in range(0, 200_000, 10)]

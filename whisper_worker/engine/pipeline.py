@@ -261,6 +261,9 @@ class _Run:
             bounds.append(n_samples)
         if any(second < first for first, second in itertools.pairwise(bounds)):
             raise InvalidInput("clip_timestamps must rise: start, end, start, end, in seconds.")
+        if max(times[::2]) * SAMPLE_RATE >= n_samples:
+            end = n_samples / SAMPLE_RATE
+            self.warnings.append(f"clip_timestamps asks for parts behind the end of the recording ({end:.2f} s).")
         return tuple(SpeechSpan(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=True) if b > a)
 
     # -- language --------------------------------------------------------------------------
