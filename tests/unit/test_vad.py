@@ -87,9 +87,7 @@ def test_block_borders_leave_no_trace(
     np.testing.assert_allclose(detector.probabilities(speech), whole, atol=5e-5)
 
 
-def test_a_short_recording_does_not_wait_for_the_end_of_a_long_one(
-    speech: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_recordings_do_not_stand_behind_longer_ones(speech: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = VoiceDetector()
     alone = detector.probabilities(speech)
     monkeypatch.setattr(vad, "_TURN", 64)
@@ -104,17 +102,20 @@ def test_a_short_recording_does_not_wait_for_the_end_of_a_long_one(
         return run(network, waveform, *rest)
 
     monkeypatch.setattr(vad._Network, "run", gated)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         long = pool.submit(detector.probabilities, speech)
         assert begun.wait(10)
+        middle = pool.submit(detector.probabilities, speech[: 40 * FRAME_SAMPLES])
+        while len(detector._turns._waiting) < 1:
+            assert not middle.done()
         short = pool.submit(detector.probabilities, speech[: 3 * FRAME_SAMPLES])
-        while not detector._worker._work_queue.qsize():  # type: ignore[union-attr]
+        while len(detector._turns._waiting) < 2:
             assert not short.done()
         go_on.set()
-        assert len(short.result()) == 3
+        assert (len(short.result()), len(middle.result())) == (3, 40)
         np.testing.assert_allclose(long.result(), alone, atol=5e-5)
-    assert turns[1] == 3 * FRAME_SAMPLES
-    assert len(turns) > 3
+    assert turns[1:3] == [3 * FRAME_SAMPLES, 40 * FRAME_SAMPLES]
+    assert len(turns) > 4
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 511, 512, 513, 1024, 16 * 512 + 1])

@@ -11,14 +11,17 @@ for the whole process, and its TorchScript loader is slow and deprecated.
 
 from __future__ import annotations
 
+import heapq
 import importlib.util
 import io
+import itertools
 import math
 import pickle
 import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +87,7 @@ class VoiceDetector:
         self._lock = threading.Lock()
         self._network: _Network | None = None
         self._worker: ThreadPoolExecutor | None = None
+        self._turns = _Turns()
 
     def probabilities(self, waveform: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
         """float32 ``(ceil(n / 512),)`` for int16 samples ``(n,)`` at 16 kHz.
@@ -110,7 +114,8 @@ class VoiceDetector:
                 self._network = _Network(_load_weights())
             if self._worker is None:
                 self._worker = _one_thread_worker()
-        return self._worker.submit(self._network.run, waveform, gains, first_frame, memory).result()
+        with self._turns.take(len(gains)):
+            return self._worker.submit(self._network.run, waveform, gains, first_frame, memory).result()
 
 
 class VoiceStream:
@@ -139,6 +144,32 @@ class VoiceStream:
         self._rest = self._rest[n_new * FRAME_SAMPLES :].copy()
         self._heard = waveform[-_STREAM_LEVEL_FRAMES * FRAME_SAMPLES :].copy()
         return found
+
+
+class _Turns:
+    """One caller at a time; of those that wait, the one with the smallest key, so that short files and streams do not
+    stand behind long files."""
+
+    def __init__(self) -> None:
+        self._wake = threading.Condition()
+        self._waiting: list[tuple[int, int]] = []
+        self._numbers = itertools.count()
+        self._taken = False
+
+    @contextmanager
+    def take(self, key: int) -> Iterator[None]:
+        ticket = (key, next(self._numbers))
+        with self._wake:
+            heapq.heappush(self._waiting, ticket)
+            self._wake.wait_for(lambda: not self._taken and self._waiting[0] == ticket)
+            heapq.heappop(self._waiting)
+            self._taken = True
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._taken = False
+                self._wake.notify_all()
 
 
 def _one_thread_worker() -> ThreadPoolExecutor:

@@ -14,8 +14,8 @@ from whisper_worker.metrics import available_memory_bytes
 if TYPE_CHECKING:
     import torch
 
-_CPU_BATCH = 8
-"""On a CPU more windows no longer make a step cheaper by window; they cost memory, and others wait longer."""
+_CPU_BATCH = 4
+"""On a CPU more windows do not make a step cheaper by window; they cost memory, and others wait longer."""
 
 _KERNEL_CACHES = {"LRU_CACHE_CAPACITY": 32, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 256}
 """Kernels that torch's CPU library keeps, for each thread and in all, by the variables it reads. It makes one
