@@ -16,7 +16,11 @@ from whisper_worker.types import SAMPLE_RATE
 
 pytestmark = pytest.mark.long
 
-SENTENCES = ((PRINTING, "printing in the only sense"), (STEW, "for dinner turnips"), (JFK, "ask not what your country"))
+SENTENCES = (
+    (PRINTING, "printing in the only sense"),
+    (STEW, "for dinner turnips"),
+    (JFK, "your country can do for you"),
+)
 _PAUSE = 1.0
 
 MOST_MB = 700

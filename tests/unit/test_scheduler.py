@@ -131,6 +131,18 @@ def test_an_idle_job_does_not_let_a_newcomer_overtake_a_long_one(
     assert shares == [2, 2, 2]
 
 
+def test_what_is_next_up_does_not_wait_for_the_rest_of_its_job(scheduler: Scheduler, recorder: Recorder) -> None:
+    recorder.gate.clear()
+    job = scheduler.open()
+    submit(job, *range(100, 120))
+    while not recorder.encoded:
+        time.sleep(0.001)  # The first batch waits at the gate.
+    job.submit(work(1), next_up=True)
+    recorder.gate.set()
+    drain(job, 21)
+    assert 1.0 in recorder.batches[1]
+
+
 def test_urgent_work_goes_first(scheduler: Scheduler, recorder: Recorder) -> None:
     recorder.gate.clear()
     bulk, live = scheduler.open(Priority.BULK), scheduler.open(Priority.LIVE_FINAL)

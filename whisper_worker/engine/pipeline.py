@@ -335,11 +335,12 @@ class _Run:
             state=one.state,
         )
 
-    def _submit(self, one: _Pending) -> None:
+    def _submit(self, one: _Pending, *, next_up: bool = False) -> None:
+        """``next_up``: nothing behind it is told before it is done."""
         if len(one.tried) == 1 and not one.wide:
             # The short context that made the first attempt cheap may be what made it unsure.
             one.wide, one.state = True, None
-        self.job.submit(self._work(one, self.attempts[len(one.tried)]))
+        self.job.submit(self._work(one, self.attempts[len(one.tried)]), next_up=next_up)
 
     def _one_after_another(self, pending: Sequence[_Pending]) -> None:
         """``condition_on_previous_text``: each window is prompted with the text before it, so none can share
@@ -373,7 +374,7 @@ class _Run:
         if verdict is Verdict.RETRY and len(one.tried) < len(self.attempts):
             if len(one.tried) == 1:
                 self.retried += 1
-            self._submit(one)
+            self._submit(one, next_up=True)
             return
         if verdict is Verdict.SILENCE:
             self._complete(one, [])
@@ -389,7 +390,7 @@ class _Run:
             if one.wide:
                 # Else its second search would be the first over again.
                 one.wide, one.state = False, None
-            self._submit(one)
+            self._submit(one, next_up=True)
             return
         pieces, read = self._pieces(one, kept)
         flags = self._flags(one, kept, failed=verdict is Verdict.RETRY)
@@ -446,7 +447,7 @@ class _Run:
         self.n_windows += 1
         self.total_seconds += rest.seconds
         self.outstanding.append(again)
-        self._submit(again)
+        self._submit(again, next_up=True)
 
     def _sure_seconds(self, window: Window) -> float:
         return self.sure.seconds(window.start / SAMPLE_RATE, window.stop / SAMPLE_RATE)

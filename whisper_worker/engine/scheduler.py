@@ -96,8 +96,9 @@ class Job:
     _done: queue.SimpleQueue[Work] = field(default_factory=queue.SimpleQueue)
     _served: float = 0.0
 
-    def submit(self, work: Work) -> None:
-        self._scheduler.submit(self, work)
+    def submit(self, work: Work, *, next_up: bool = False) -> None:
+        """``next_up``: before the job's other work, which may be hours of it."""
+        self._scheduler.submit(self, work, next_up=next_up)
 
     def next_done(self) -> Work:
         """Wait for the next finished work, in whatever order it finished.
@@ -152,7 +153,7 @@ class Scheduler:
     def open(self, priority: Priority = Priority.BULK, cancel: CancelToken | None = None) -> Job:
         return Job(self, priority, cancel or CancelToken())
 
-    def submit(self, job: Job, work: Work) -> None:
+    def submit(self, job: Job, work: Work, *, next_up: bool = False) -> None:
         with self._wake:
             if self._closed:
                 raise Busy("The worker is shutting down; send the job again.")
@@ -163,7 +164,10 @@ class Scheduler:
                 job._served = max(job._served, self._level[job.priority])
             if job not in self._jobs:
                 self._jobs.append(job)
-            job._waiting.append(work)
+            if next_up:
+                job._waiting.appendleft(work)
+            else:
+                job._waiting.append(work)
             self._wake.notify()
 
     def forget(self, job: Job) -> None:
