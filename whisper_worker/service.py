@@ -6,6 +6,7 @@ first job's audio is already fetched and decoded.
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -278,28 +279,44 @@ def _typed_errors() -> Iterator[None]:
         raise InternalError("The worker failed on this job; try again, and report it if it fails again.") from error
 
 
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Imports leave a quarter of a million objects that stay. Going through them for garbage, again and again, takes a
+    sixth of the time of importing torch: not done meanwhile, and not for these objects later."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
+
+
 def _load(settings: Settings) -> _Engine:
-    import torch
-
-    from whisper_worker.audio.vad import VoiceDetector
     from whisper_worker.cache.layout import find_model
-    from whisper_worker.engine.memory import bound_kernel_caches
-    from whisper_worker.engine.pipeline import Pipeline
-    from whisper_worker.engine.scheduler import Scheduler
-    from whisper_worker.engine.tokenizer import Tokenizer
 
-    bound_kernel_caches()
     files = find_model(settings)
-    tokenizer = Tokenizer.load(files.processor_dir / "tokenizer.json", files.model_dir / "generation_config.json")
     load: Callable[..., Recognizer]
-    if settings.engine == "transformers":
-        from whisper_worker.engine.reference import ReferenceRecognizer
+    with _nothing_collected():
+        import torch
 
-        load = ReferenceRecognizer.load
-    else:
-        from whisper_worker.engine.native import NativeRecognizer
+        from whisper_worker.audio.vad import VoiceDetector
+        from whisper_worker.engine.memory import bound_kernel_caches
+        from whisper_worker.engine.pipeline import Pipeline
+        from whisper_worker.engine.scheduler import Scheduler
+        from whisper_worker.engine.tokenizer import Tokenizer
 
-        load = NativeRecognizer.load
+        if settings.engine == "transformers":
+            from whisper_worker.engine.reference import ReferenceRecognizer
+
+            load = ReferenceRecognizer.load
+        else:
+            from whisper_worker.engine.native import NativeRecognizer
+
+            load = NativeRecognizer.load
+    bound_kernel_caches()
+    tokenizer = Tokenizer.load(files.processor_dir / "tokenizer.json", files.model_dir / "generation_config.json")
     recognizer = load(
         files.model_dir,
         tokenizer,
