@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.models import model_cache
 from whisper_worker import service as service_module
@@ -101,3 +102,13 @@ def test_kernel_caches_are_bounded_unless_they_are_already(monkeypatch: pytest.M
     memory.bound_kernel_caches()
     assert int(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
     assert os.environ["LRU_CACHE_CAPACITY"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("row_mb", "free_mb", "windows"), [(12, 8000, 8), (24, 8000, 4), (320, 8000, 4), (320, 3000, 2)]
+)
+def test_batches_on_a_cpu_follow_the_model_and_the_free_memory(
+    monkeypatch: pytest.MonkeyPatch, row_mb: int, free_mb: int, windows: int
+) -> None:
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: free_mb * 10**6)
+    assert memory.batch_size(row_mb * 10**6, torch.device("cpu")) == windows

@@ -14,8 +14,10 @@ from whisper_worker.metrics import available_memory_bytes
 if TYPE_CHECKING:
     import torch
 
-_CPU_BATCH = 4
-"""On a CPU more windows do not make a step cheaper by window; they cost memory, and others wait longer."""
+_CPU_BATCH = (4, 8)
+"""On a CPU more windows make a step hardly cheaper by window; they cost memory, and others wait longer. Steps of the
+smallest models are so short that calling them counts: these take up to twice as many, within ``_CPU_BATCH_BYTES``."""
+_CPU_BATCH_BYTES = 100e6
 
 _KERNEL_CACHES = {"LRU_CACHE_CAPACITY": 32, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 256}
 """Kernels that torch's CPU library keeps, for each thread and in all, by the variables it reads. It makes one
@@ -45,8 +47,10 @@ def batch_size(row_bytes: int, device: torch.device) -> int:
 
     if device.type == "cuda":
         return max(1, int(0.9 * torch.cuda.mem_get_info(device)[0] / row_bytes))
+    least, most = _CPU_BATCH
+    wanted = min(most, max(least, int(_CPU_BATCH_BYTES / row_bytes)))
     # Two batches may be in hand at a time.
-    return max(1, min(_CPU_BATCH, int(0.25 * available_memory_bytes() / row_bytes)))
+    return max(1, min(wanted, int(0.25 * available_memory_bytes() / row_bytes)))
 
 
 @contextmanager
