@@ -34,10 +34,15 @@ ALIASES = {
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell it; the tokenizer would fail on it
+        raise ValueError("holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
     return value
 
 
-def _flag(value: object) -> bool:
+def flag(value: object) -> bool:
+    """A truth value in any of its spellings. Raises ValueError."""
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0", "yes", "no", "on", "off"):
@@ -149,23 +154,23 @@ _OPTIONS: dict[str, Callable[[object], Any]] = {
     "length_penalty": _float(0.0, 1.0),
     "suppress_tokens": _tokens,
     "initial_prompt": _text,
-    "condition_on_previous_text": _flag,
+    "condition_on_previous_text": flag,
     "temperature_increment_on_fallback": _increment,
     "compression_ratio_threshold": _float(0.0, 1e6),
     "logprob_threshold": _float(-1e6, 0.0),
     "no_speech_threshold": _float(0.0, 1.0),
-    "word_timestamps": _flag,
+    "word_timestamps": flag,
     "prepend_punctuations": _text,
     "append_punctuations": _text,
     "clip_timestamps": _times,
     "hallucination_silence_threshold": _float(0.0, 1e6),
-    "vad": _flag,
+    "vad": flag,
     "vad_threshold": _float(0.0, 1.0),
     "hotwords": _text,
     "languages": _languages,
-    "multilingual": _flag,
+    "multilingual": flag,
     "prefix": _text,
-    "without_timestamps": _flag,
+    "without_timestamps": flag,
     "seed": _int(0, 2**63 - 1),
 }
 
@@ -190,8 +195,8 @@ def job_input_from_dict(
     in ``warnings``; with ``strict`` (in the payload, or WHISPER_STRICT) it is refused.
     """
     values = _rename(payload)
-    strict = _parse("strict", values.pop("strict", None), _flag, settings.strict)
-    formats = _parse("formats", values.pop("formats", None), _formats, ())
+    strict = parse_field("strict", values.pop("strict", None), flag, settings.strict)
+    formats = parse_field("formats", values.pop("formats", None), _formats, ())
     source = source or _source(values)
     given: dict[str, Any] = {}
     for name, parse in _OPTIONS.items():
@@ -202,9 +207,11 @@ def job_input_from_dict(
             if name in _NULL_MEANS_OFF:
                 given[name] = None
             continue
-        given[name] = _parse(name, value, parse, None)
+        given[name] = parse_field(name, value, parse, None)
     options = TranscribeOptions(**given)
     ignored = [f"The field {name} is not known and was ignored." for name in sorted(values)]
+    if source.headers and not source.over_http:
+        ignored.append("headers have an effect only where the audio is fetched over http, and were ignored.")
     ignored += _without_effect(given, options)
     if ignored and strict:
         raise InvalidInput(" ".join(ignored) + " Remove it, or send strict=false.")
@@ -222,7 +229,8 @@ def _rename(payload: Mapping[str, object]) -> dict[str, object]:
     return values
 
 
-def _parse(name: str, value: object, parse: Callable[[object], Any], default: Any) -> Any:
+def parse_field(name: str, value: object, parse: Callable[[object], Any], default: Any) -> Any:
+    """``value`` as ``parse`` reads it, ``default`` for a null. Raises :class:`InvalidInput` naming the field."""
     if value is None:
         return default
     try:
@@ -232,10 +240,10 @@ def _parse(name: str, value: object, parse: Callable[[object], Any], default: An
 
 
 def _source(values: dict[str, object]) -> AudioSource:
-    url = _parse("audio_url", values.pop("audio_url", None), _text, None)
-    encoded = _parse("audio_base64", values.pop("audio_base64", None), _text, None)
+    url = parse_field("audio_url", values.pop("audio_url", None), _text, None)
+    encoded = parse_field("audio_base64", values.pop("audio_base64", None), _text, None)
     headers = values.pop("headers", None)
-    digest = _parse("sha256", values.pop("sha256", None), _text, None)
+    digest = parse_field("sha256", values.pop("sha256", None), _text, None)
     if not url and not encoded:
         raise InvalidInput("There is no audio: send audio_url (an http, https or data URL) or audio_base64.")
     if url and encoded:

@@ -106,8 +106,8 @@ class Service:
         """Run one job in the calling thread. Raises typed errors only."""
         with self._job():
             timer, cancel = StageTimer(), cancel or CancelToken()
-            engine, (audio,), warnings = self._prepare(job, cancel, timer, _decode_mix)
-            return self._recognize(engine, job, audio, warnings, timer, cancel, on_progress, on_segment, priority)
+            engine, (audio,) = self._prepare(job, cancel, timer, _decode_mix)
+            return self._recognize(engine, job, audio, timer, cancel, on_progress, on_segment, priority)
 
     def transcribe_channels(
         self,
@@ -125,10 +125,8 @@ class Service:
 
         with self._job():
             timer, cancel = StageTimer(), cancel or CancelToken()
-            engine, audios, warnings = self._prepare(job, cancel, timer, decode_channels)
-            return tuple(
-                self._recognize(engine, job, audio, warnings, timer, cancel, None, None, priority) for audio in audios
-            )
+            engine, audios = self._prepare(job, cancel, timer, decode_channels)
+            return tuple(self._recognize(engine, job, audio, timer, cancel, None, None, priority) for audio in audios)
 
     def detect_language(
         self,
@@ -142,7 +140,7 @@ class Service:
 
         with self._job():
             cancel = cancel or CancelToken()
-            engine, (audio,), _ = self._prepare(job, cancel, StageTimer(), _decode_mix)
+            engine, (audio,) = self._prepare(job, cancel, StageTimer(), _decode_mix)
             return engine.pipeline.detect_language(
                 audio.waveform,
                 job.options,
@@ -152,8 +150,8 @@ class Service:
 
     def _prepare(
         self, job: JobInput, cancel: CancelToken, timer: StageTimer, decode: _Decode
-    ) -> tuple[_Engine, tuple[DecodedAudio, ...], tuple[str, ...]]:
-        """The engine, the job's audio as ``decode`` gives it, and what was said about fetching it."""
+    ) -> tuple[_Engine, tuple[DecodedAudio, ...]]:
+        """The engine, and the job's audio as ``decode`` gives it."""
         from whisper_worker.audio.fetch import fetch
         from whisper_worker.audio.jobdir import clean_leftovers, job_directory
 
@@ -168,14 +166,13 @@ class Service:
                 audios = decode(fetched.path, self.settings, directory, cancel)
         with timer.stage("load"):
             engine = loading.result()
-        return engine, audios, fetched.warnings
+        return engine, audios
 
     def _recognize(
         self,
         engine: _Engine,
         job: JobInput,
         audio: DecodedAudio,
-        warnings: tuple[str, ...],
         timer: StageTimer,
         cancel: CancelToken,
         on_progress: Callable[[Progress], None] | None,
@@ -207,7 +204,7 @@ class Service:
             language_probability=result.language_probability,
             duration=round(audio.duration, 3),
             segments=result.segments,
-            warnings=(*job.warnings, *warnings, *audio.warnings, *result.warnings),
+            warnings=(*job.warnings, *audio.warnings, *result.warnings),
             receipt=self._receipt(engine, result, timer, audio.duration),
         )
 

@@ -185,6 +185,11 @@ class AudioSource:
     sha256: str | None = None
     """Where given, the fetched bytes must have this digest."""
 
+    @property
+    def over_http(self) -> bool:
+        """Whether the audio is fetched from another machine, to which ``headers`` go."""
+        return self.url is not None and not self.url.lstrip().lower().startswith("data:")
+
 
 @dataclass(frozen=True, slots=True)
 class JobInput:

@@ -124,6 +124,8 @@ def test_a_request_without_audio_is_refused(payload: object) -> None:
 
 def test_translate_must_be_a_truth_value() -> None:
     assert only({"audio": URL, "translate": "true"}).translate
+    assert only({"audio": URL, "translate": " Yes"}).translate
+    assert not only({"audio": URL, "return_chunks": "off"}).chunks
     with pytest.raises(InvalidInput, match="translate"):
         only({"audio": URL, "translate": "perhaps"})
 
@@ -151,6 +153,20 @@ def test_lists_that_cannot_be_read_are_refused() -> None:
         read({"audio_urls": [URL], "audio": [URL]})
     (nested,) = read({"audio_urls": [{"audio_url": [URL]}]}).orders
     assert isinstance(nested, InvalidInput)
+    with pytest.raises(InvalidInput, match="audio_urls must be a list"):
+        read({"audio_urls": {"first": URL}})
+
+
+@pytest.mark.parametrize("name", ["audio_url", "audio", "url", "audio_base64"])
+def test_audio_beside_a_list_is_refused(name: str) -> None:
+    """It was left out without a word."""
+    with pytest.raises(InvalidInput, match=f"audio_urls or {name}, not both"):
+        read({"audio_urls": [{"audio_url": URL}], name: URL})
+    assert read({"audio_urls": [URL], name: None}).several
+
+
+def test_a_null_list_counts_as_absent() -> None:
+    assert only({"audio_url": URL, "audio_urls": None, "audios": None}, strict=True).job.warnings == ()
 
 
 def test_three_kinds_of_client_find_their_keys() -> None:

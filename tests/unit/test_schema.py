@@ -79,6 +79,7 @@ def test_temperature_ladders_and_token_lists() -> None:
         ("headers", ["A"]),
         ("sha256", "abc"),
         ("no_speech_threshold", 2),
+        ("initial_prompt", "half a \ud83d pair"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
@@ -105,6 +106,17 @@ def test_unknown_and_ineffective_options_are_named_or_refused() -> None:
         job_input_from_dict({**payload, "strict": True}, SETTINGS)
     with pytest.raises(InvalidInput, match="patience"):
         job_input_from_dict(payload, Settings(strict=True))
+
+
+@pytest.mark.parametrize("source", [{"audio_base64": "AAAA"}, {"audio_url": " DATA:,abc"}])
+def test_headers_that_are_sent_to_nobody_are_named_or_refused(source: dict[str, str]) -> None:
+    """Only the fetching noticed, when strict had been asked already."""
+    payload = {**source, "headers": {"X-Key": "k"}}
+    (warning,) = job_input_from_dict(payload, SETTINGS).warnings
+    assert warning.startswith("headers have an effect only")
+    with pytest.raises(InvalidInput, match="headers"):
+        job_input_from_dict(payload, Settings(strict=True))
+    assert not job_input_from_dict({**URL, "headers": {"X-Key": "k"}}, Settings(strict=True)).warnings
 
 
 def test_no_request_can_name_a_local_file() -> None:

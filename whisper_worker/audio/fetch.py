@@ -1,8 +1,8 @@
 """Bring a job's audio to a file: from a URL, from base64 or from this machine's disk.
 
 A download runs in a thread of its own, because a server can stall anywhere: in DNS, in the
-handshake, between two bytes. The job's thread waits beside it, reports progress, and leaves
-at once when the job is cancelled or its time is over.
+handshake, between two bytes. The job's thread waits beside it and leaves at once when the job
+is cancelled or its time is over.
 
 http.client speaks on a socket that was connected here, to an address that was checked: there
 is no second look-up, no environment proxy and no redirect that the guard does not see.
@@ -22,10 +22,10 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 from urllib.parse import unquote, unquote_to_bytes, urljoin
@@ -69,7 +69,6 @@ class FetchedAudio:
 
     path: Path
     n_bytes: int
-    warnings: tuple[str, ...] = ()
 
 
 def fetch(
@@ -77,14 +76,12 @@ def fetch(
     directory: Path,
     settings: Settings,
     cancel: CancelToken | None = None,
-    on_progress: Callable[[int, int | None], None] | None = None,
     *,
     guard: AddressGuard | None = None,
 ) -> FetchedAudio:
     """Bring ``source`` to a file in ``directory``; a local path is used where it is.
 
-    ``on_progress`` is called in this thread with bytes done and bytes in all, the latter None
-    where the server does not say. ``guard`` replaces the settings' rule on addresses.
+    ``guard`` replaces the settings' rule on addresses.
 
     Raises :class:`Forbidden` for an address or scheme that must not be touched, :class:`TooLarge`,
     :class:`DownloadError`, :class:`DeadlineExceeded`, :class:`InvalidInput` and :class:`Cancelled`.
@@ -92,14 +89,11 @@ def fetch(
     if cancel is not None:
         cancel.check()
     _check_digest_form(source.sha256)
-    warnings: tuple[str, ...] = ()
-    if source.headers and not _is_http(source.url):
-        warnings = ("headers: ignored, since the audio is not fetched over http.",)
     if source.path is not None:
         _log.info("Processing audio from a file")
         path, n_bytes = _local_file(source.path, settings)
-    elif source.url is not None and _is_http(source.url):
-        path, n_bytes = _from_network(source, directory, settings, cancel, on_progress, guard)
+    elif source.over_http:
+        path, n_bytes = _from_network(source, directory, settings, cancel, guard)
     elif source.url is not None or source.base64 is not None:
         _log.info("Processing audio from the request")
         path, n_bytes = _from_request(source, directory, settings)
@@ -107,11 +101,7 @@ def fetch(
         raise InvalidInput("No audio was given; send a URL or base64.")
     if source.sha256 is not None and _digest(path, cancel) != source.sha256.lower():
         raise DownloadError("The audio is not what its sha256 promises; check both.", retryable=False)
-    return FetchedAudio(path, n_bytes, warnings)
-
-
-def _is_http(url: str | None) -> bool:
-    return url is not None and not url.lstrip().lower().startswith("data:")
+    return FetchedAudio(path, n_bytes)
 
 
 def _check_digest_form(sha256: str | None) -> None:
@@ -197,7 +187,6 @@ def _from_network(
     directory: Path,
     settings: Settings,
     cancel: CancelToken | None,
-    on_progress: Callable[[int, int | None], None] | None,
     guard: AddressGuard | None,
 ) -> tuple[Path, int]:
     url = parse_http_url((source.url or "").strip())
@@ -228,8 +217,6 @@ def _from_network(
             thread.join(_POLL)
             if cancel is not None:
                 cancel.check()
-            if on_progress is not None:
-                on_progress(download.n_bytes, download.n_total)
             if not outcome.done() and time.monotonic() > download.deadline:
                 raise DeadlineExceeded(
                     f"The download took longer than {settings.download_timeout:g} s; "
@@ -347,8 +334,11 @@ class _Download:
                     if response.status not in _REDIRECTS:
                         return self._receive(response, file)
                     target = _redirect_target(url, response)
-                # Headers are meant for the host that the caller named, and for no other.
-                headers = headers if target.origin == url.origin else {}
+                # Headers and credentials are meant for the host that the caller named, and for no other.
+                if target.origin != url.origin:
+                    headers = {}
+                elif target.credentials is None:
+                    target = replace(target, credentials=url.credentials)
                 url = target
         except ssl.SSLCertVerificationError:
             raise DownloadError(

@@ -15,12 +15,15 @@ from typing import Any
 from whisper_worker import formats
 from whisper_worker.cache.names import same_model
 from whisper_worker.errors import InvalidInput, WhisperWorkerError
-from whisper_worker.schema import job_input_from_dict, transcript_to_dict
+from whisper_worker.schema import ALIASES, SOURCE_KEYS, flag, job_input_from_dict, parse_field, transcript_to_dict
 from whisper_worker.settings import Settings
 from whisper_worker.types import JobInput, Transcript
 
 _LISTS = ("audio_urls", "audios", "audio_url", "audio")
 """Fields that may hold a list of inputs."""
+
+_ONLY_LISTS = ("audio_urls", "audios")
+_SOURCES = (*SOURCE_KEYS, *(alias for alias, name in ALIASES.items() if name in SOURCE_KEYS))
 
 _TEXT_FORMATS = ("plain_text", "formatted_text", "srt", "vtt")
 """Values of ``transcription`` and ``translation``."""
@@ -55,15 +58,22 @@ def read_request(payload: object, settings: Settings, served_model: Callable[[],
     """
     if not isinstance(payload, Mapping):
         raise InvalidInput('The input must be an object, such as {"audio_url": "https://..."}.')
+    payload = {name: value for name, value in payload.items() if value is not None or name not in _LISTS}
     lists = [name for name in _LISTS if isinstance(payload.get(name), list)]
     if isinstance(payload.get("audio_urls"), str):
         lists.append("audio_urls")
     if not lists:
+        wrong = [name for name in _ONLY_LISTS if name in payload]
+        if wrong:
+            raise InvalidInput(f"The field {wrong[0]} must be a list of addresses, or of objects with audio_url.")
         return Request((_order(payload, settings, served_model),), several=False)
     if len(lists) > 1:
         raise InvalidInput(f"Send one list of inputs, not {' and '.join(lists)}.")
     entries = payload[lists[0]]
     common = {name: value for name, value in payload.items() if name != lists[0]}
+    beside = [name for name in _SOURCES if common.get(name)]
+    if beside:
+        raise InvalidInput(f"Send {lists[0]} or {beside[0]}, not both.")
     orders: list[Order | WhisperWorkerError] = []
     for entry in [entries] if isinstance(entries, str) else entries:
         try:
@@ -112,13 +122,13 @@ def _order(payload: Mapping[str, object], settings: Settings, served_model: Call
     said: list[str] = []
     transcription = _text_format(values.pop("transcription", None), "transcription", said)
     translation = _text_format(values.pop("translation", None), "translation", said)
-    translate = _flag(values.pop("translate", None), "translate", default=False)
-    chunks = [_flag(values.pop(name, None), name, default=True) for name in ("return_chunks", "chunks")]
+    translate = parse_field("translate", values.pop("translate", None), flag, False)
+    chunks = [parse_field(name, values.pop(name, None), flag, True) for name in ("return_chunks", "chunks")]
     model = values.pop("model", None)
     job = job_input_from_dict(values, settings)
     if model is not None and not (isinstance(model, str) and same_model(model, served_model())):
         said.append("The field model was ignored: this worker serves the one model named in the answer.")
-    if said and _flag(values.get("strict"), "strict", default=settings.strict):
+    if said and parse_field("strict", values.get("strict"), flag, settings.strict):
         raise InvalidInput(" ".join(said) + " Correct or remove it, or send strict=false.")
     return Order(
         job=replace(job, warnings=(*job.warnings, *said)),
@@ -146,13 +156,3 @@ def _as_text(transcript: Transcript, text_format: str) -> str:
     if text_format == "formatted_text":
         return formats.write(transcript, "txt").removesuffix("\n")
     return formats.write(transcript, text_format)
-
-
-def _flag(value: object, name: str, *, default: bool) -> bool:
-    if value is None:
-        return default
-    if isinstance(value, str):
-        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
-    if value in (True, False):
-        return bool(value)
-    raise InvalidInput(f"The field {name} must be true or false.")
