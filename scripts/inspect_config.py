@@ -16,12 +16,11 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):  # started as a file: the package lies one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from whisper_worker.cache.config_pickle import TorchValue, read_config, without_runtime_keys, write_config
+from whisper_worker.cache.config_pickle import read_config, without_runtime_keys, write_config
 from whisper_worker.cache.layout import (
     MODEL_DIR,
     PIPELINE_CONFIG,
@@ -76,10 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.fix and removable:
             backup = _replace(path, kept)
             config, removable = kept, ()
+    except FileNotFoundError:
+        where = "fill the cache with save_pipeline.py, or say with --path where it is"
+        return _unreadable(f"there is no {PIPELINE_CONFIG} here; {where}.", as_json=options.json)
     except (ModelError, OSError) as error:
         message = error.message if isinstance(error, ModelError) else f"{PIPELINE_CONFIG}: {error.strerror}"
-        print(json.dumps({"error": message}) if options.json else f"error: {message}", file=_stream(options.json))
-        return UNREADABLE
+        return _unreadable(message, as_json=options.json)
 
     if options.json:
         report = {
@@ -94,8 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return PROBLEMS if removable or problems else FINE
 
 
-def _stream(as_json: bool) -> Any:
-    return sys.stdout if as_json else sys.stderr
+def _unreadable(message: str, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": message}))
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    return UNREADABLE
 
 
 def _print(
@@ -106,7 +111,7 @@ def _print(
     *,
     only_diff: bool,
 ) -> None:
-    for name, value in _lines(config):
+    for name, value in _lines(config, removable):
         if name in removable:
             print(f"- {name}: {value}")
         elif not only_diff:
@@ -121,13 +126,14 @@ def _print(
         print(f"problem: {problem}")
 
 
-def _lines(config: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
+def _lines(config: Mapping[str, object], whole: tuple[str, ...], prefix: str = "") -> list[tuple[str, str]]:
+    """Names and values; a mapping's are named one by one, but for those in ``whole``."""
     lines = []
     for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            lines += _lines(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and value and prefix + key not in whole:
+            lines += _lines(value, whole, f"{prefix}{key}.")
         else:
-            lines.append((prefix + key, str(value) if isinstance(value, TorchValue) else repr(value)))
+            lines.append((prefix + key, repr(value)))
     return lines
 
 
@@ -190,16 +196,14 @@ def _processor_problems(model: Mapping[str, object], processor: Path) -> list[st
 
 
 def _replace(path: Path, config: Mapping[str, object]) -> Path:
-    """Write the mended configuration in one step; gives the backup of the old one."""
+    """Write the mended configuration; gives the backup of the old one."""
     number = 0
     backup = path.with_name(path.name + ".bak")
     while backup.exists():
         number += 1
         backup = path.with_name(f"{path.name}.bak.{number}")
     shutil.copy2(path, backup)
-    fresh = path.with_name(f".{path.name}.new")
-    write_config(fresh, config)
-    fresh.replace(path)
+    write_config(path, config)
     return backup
 
 

@@ -522,6 +522,24 @@ def test_a_damaged_cache_is_saved_anew(tmp_path: Path, save: Callable[..., Run],
     holds(cache, small, torch.float16)
 
 
+@pytest.mark.parametrize("content", [b"", None], ids=["damaged", "missing"])
+def test_a_configuration_that_cannot_be_read_is_made_anew(
+    tmp_path: Path, save: Callable[..., Run], small: Path, content: bytes | None
+) -> None:
+    """The worker's error says to run this, which then looked at the weights alone and found all in order."""
+    cache = tmp_path / "cache"
+    assert save("--from", small, "--model", "org/small", "--output", cache).code == 0
+    config = cache / "pipeline_config.pkl"
+    before = config.read_bytes()
+    config.unlink()
+    if content is not None:
+        config.write_bytes(content)
+    done = save("--from", small, "--model", "org/small", "--output", cache)
+    assert done.code == 0
+    assert "made it anew" in done.out and "Already there and verified" in done.out
+    assert config.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [

@@ -259,6 +259,26 @@ def test_show_and_fix(cache: Path) -> None:
     assert not (cache / "pipeline_config.pkl.bak.1").exists()
 
 
+def test_a_whole_mapping_that_goes_is_shown_to_go(cache: Path) -> None:
+    """Its entries were shown as if they stayed, and --diff left them out."""
+    config = {"task": "t", "device_map": {"": 0}, "model_kwargs": {"device_map": {"a": "cpu"}, "b": 1}}
+    (cache / "pipeline_config.pkl").write_bytes(pickle.dumps(config))
+    diff = _inspect("--path", cache, "--diff").stdout.splitlines()
+    assert diff[:2] == ["- device_map: {'': 0}", "- model_kwargs.device_map: {'a': 'cpu'}"]
+
+
+def test_torch_values_inside_a_list_are_shown_as_torch_spells_them(cache: Path) -> None:
+    (cache / "pipeline_config.pkl").write_bytes(pickle.dumps({"dtypes": [torch.float16, torch.device("cuda:0")]}))
+    assert "- dtypes: [torch.float16, torch.device('cuda:0')]" in _inspect("--path", cache).stdout
+
+
+def test_a_file_that_is_not_there_is_told_with_what_to_do(tmp_path: Path) -> None:
+    for arguments in ((), ("--json",)):
+        told = _inspect("--path", tmp_path, *arguments)
+        assert told.returncode == 2
+        assert "save_pipeline.py" in told.stdout + told.stderr and "--path" in told.stdout + told.stderr
+
+
 def test_older_backups_are_kept(cache: Path) -> None:
     (cache / "pipeline_config.pkl.bak").write_bytes(b"older")
     report = json.loads(_inspect("--path", cache, "--fix", "--json").stdout)

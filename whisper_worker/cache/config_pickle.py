@@ -20,6 +20,7 @@ from whisper_worker.errors import ModelError
 RUNTIME_KEYS = ("torch_dtype", "dtype", "device", "device_map", "batch_size")
 """What the worker decides when it starts; in a saved configuration these only conflict."""
 
+_ANEW = "Make it anew with save_pipeline.py."
 _MAX_BYTES = 64 * 1024
 _MAX_VALUES = 4096
 _MAX_DEPTH = 16
@@ -31,14 +32,14 @@ _DTYPES = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TorchValue:
     """A torch dtype or device by its name, e.g. ``TorchValue("dtype", "float16")``."""
 
     kind: str
     name: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"torch.{self.name}" if self.kind == "dtype" else f"torch.device({self.name!r})"
 
 
@@ -78,26 +79,28 @@ def read_config(path: Path) -> dict[str, object]:
     with path.open("rb") as file:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
-        raise ModelError(f"pipeline_config.pkl is larger than {_MAX_BYTES} bytes: no configuration; refused.")
+        raise ModelError(f"pipeline_config.pkl is larger than {_MAX_BYTES} bytes: no configuration; refused. {_ANEW}")
     try:
         _check_program(data)
         content = _Unpickler(io.BytesIO(data)).load()
     except ModelError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ModelError("pipeline_config.pkl is damaged: it cannot be read as a pickle.") from error
+        raise ModelError(f"pipeline_config.pkl is damaged: it cannot be read as a pickle. {_ANEW}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ModelError("pipeline_config.pkl holds no dict of named values; refused.")
+        raise ModelError(f"pipeline_config.pkl holds no dict of named values; refused. {_ANEW}")
     _count(content, 0, 0)
     return content
 
 
 def write_config(path: Path, config: Mapping[str, object]) -> None:
-    """Write plain values. Raises :class:`ModelError` for anything that :func:`read_config` would refuse."""
+    """Write plain values in one step. Raises :class:`ModelError` for what :func:`read_config` would refuse."""
     _count(dict(config), 0, 0)
     if _holds_torch(config):
         raise ModelError("A torch value cannot be written into pipeline_config.pkl; remove it.")
-    path.write_bytes(pickle.dumps(dict(config), protocol=4))
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_bytes(pickle.dumps(dict(config), protocol=4))
+    fresh.replace(path)
 
 
 def without_runtime_keys(config: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:
@@ -157,5 +160,5 @@ def _holds_torch(value: object) -> bool:
 def _refused(what: str) -> ModelError:
     return ModelError(
         f"pipeline_config.pkl asks for {what[:200]}, which no configuration needs; refused, nothing was executed. "
-        "Make it anew with save_pipeline.py."
+        f"{_ANEW}"
     )

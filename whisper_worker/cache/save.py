@@ -10,7 +10,7 @@ from typing import Literal
 
 from whisper_worker.cache import hub, pypi
 from whisper_worker.cache.checkpoint import import_model, weight_paths
-from whisper_worker.cache.config_pickle import write_config
+from whisper_worker.cache.config_pickle import read_config, write_config
 from whisper_worker.cache.ct2 import is_ct2_directory
 from whisper_worker.cache.layout import (
     MODEL_DIR,
@@ -67,14 +67,14 @@ def save(request: Request, say: Say) -> Manifest:
     """
     there = None if request.force else _verified(request.output, say)
     if there is not None and request.directory is None and _satisfies(there, request):
-        return _already(there, say)
+        return _already(there, request.output, say)
     plan = _plan(request, say)
     if (
         there is not None
         and (there.revision, there.model) == (plan.revision, plan.model)
         and _has_dtype(there, request)
     ):
-        return _already(there, say)
+        return _already(there, request.output, say)
     require_space(request.output, plan.n_bytes)
     with replacing(request.output, plan.key) as work:
         source = plan.fetch(work.download)
@@ -89,12 +89,17 @@ def save(request: Request, say: Say) -> Manifest:
         manifest = Manifest(plan.model, plan.revision, plan.source, dtype, files)
         manifest.write(work.fresh)
         # Not among the sums: people may edit it, and scripts/inspect_config.py does.
-        write_config(work.fresh / PIPELINE_CONFIG, _pipeline_config(plan))
+        write_config(work.fresh / PIPELINE_CONFIG, _pipeline_config(manifest))
     say(f"Saved {plan.model}, revision {plan.revision}, {dtype}, into {request.output}.")
     return manifest
 
 
-def _already(manifest: Manifest, say: Say) -> Manifest:
+def _already(manifest: Manifest, cache: Path, say: Say) -> Manifest:
+    try:
+        read_config(cache / PIPELINE_CONFIG)
+    except (ModelError, FileNotFoundError):
+        write_config(cache / PIPELINE_CONFIG, _pipeline_config(manifest))
+        say(f"{PIPELINE_CONFIG} was missing or could not be read; made it anew.")
     say(f"Already there and verified: {manifest.model}, revision {manifest.revision}, from {manifest.source}.")
     return manifest
 
@@ -206,11 +211,11 @@ def _check_sizes(model: str, model_dir: Path) -> None:
         raise ModelError(f"The weights have other sizes than {model} has: give their right name with --model.")
 
 
-def _pipeline_config(plan: _Plan) -> dict[str, object]:
+def _pipeline_config(manifest: Manifest) -> dict[str, object]:
     return {
         "task": "automatic-speech-recognition",
-        "model_id": plan.model,
-        "revision": plan.revision,
+        "model_id": manifest.model,
+        "revision": manifest.revision,
         "chunk_length_s": 30,
         "return_timestamps": True,
     }
