@@ -320,7 +320,7 @@ class Settings:
                 try:
                     values[spec.name] = spec.metadata["parse"](raw)
                 except ValueError as error:
-                    reason = str(error) if str(error).startswith("must") else "is not a number"
+                    reason = str(error) if str(error).startswith("must") else "must be a number without a unit"
                     raise InvalidInput(f"The environment variable {variable} {reason}.") from error
                 break
         return cls(**values)

@@ -35,10 +35,11 @@ def test_the_first_name_wins_over_the_other_one() -> None:
         ("WHISPER_COMPUTE_TYPE", "int4"),
         ("WHISPER_ALLOW_PRIVATE_URLS", "perhaps"),
         ("WHISPER_DOWNLOAD_TIMEOUT", "nan"),
+        ("WHISPER_MAX_DOWNLOAD_BYTES", "1G"),
     ],
 )
 def test_a_bad_value_is_refused_by_the_variables_name(variable: str, value: str) -> None:
-    with pytest.raises(InvalidInput, match=variable):
+    with pytest.raises(InvalidInput, match=f"{variable} must be "):
         Settings.from_env({variable: value})
 
 

@@ -100,7 +100,7 @@ def parse_http_url(url: str) -> HttpUrl:
 
     if url.partition(":")[0].lower() not in _PORTS:
         raise Forbidden("Only http, https and data URLs are taken; the URL must begin with one of them.")
-    malformed = Forbidden("The URL's host is not a valid name or address; check how the URL is written.")
+    malformed = Forbidden("The URL's host or port is not a valid one; check how the URL is written.")
     try:
         parts = parse_url(url)
     except LocationParseError:

@@ -122,7 +122,7 @@ def _digest(path: Path, cancel: CancelToken | None) -> str:
 def _too_large(settings: Settings) -> TooLarge:
     return TooLarge(
         f"The audio is larger than the {settings.max_download_bytes} bytes that this worker takes; "
-        "send it in parts or in a compressed format."
+        "send it in parts or in a compressed format, or raise WHISPER_MAX_DOWNLOAD_BYTES."
     )
 
 
