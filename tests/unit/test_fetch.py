@@ -508,7 +508,10 @@ def drip(request: Request) -> None:
 
 @pytest.mark.parametrize("script", [stall_in_header, stall_in_body, drip])
 def test_cancel_is_noticed_while_the_server_stalls(
-    serve: Callable[..., Server], tmp_path: Path, script: Callable[[Request], None]
+    serve: Callable[..., Server],
+    tmp_path: Path,
+    script: Callable[[Request], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     server = serve(script)
     cancel = CancelToken()
@@ -528,6 +531,7 @@ def test_cancel_is_noticed_while_the_server_stalls(
     while any(thread.name == "download" for thread in threading.enumerate()):
         assert time.monotonic() < ended, "the download's thread goes on"
         time.sleep(0.02)
+    assert "trying again" not in caplog.text  # the attempt was ended from here
 
 
 @pytest.mark.parametrize("script", [stall_in_header, stall_in_body, drip])

@@ -309,6 +309,8 @@ class _Download:
                     self._wait_for_next(attempt, failure)
 
     def _wait_for_next(self, attempt: int, failure: _BrokenOff) -> None:
+        if self._abandoned.is_set():  # what broke the attempt off was this
+            raise _Abandoned
         pause = max(BACKOFF * 2 ** (attempt - 1), failure.retry_after)
         if attempt > self._settings.download_retries or time.monotonic() + pause > self.deadline:
             tries = "1 attempt" if attempt == 1 else f"{attempt} attempts"
