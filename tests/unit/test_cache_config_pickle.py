@@ -99,7 +99,7 @@ def test_a_hostile_pickle_is_refused_by_the_name_of_what_it_tried(tmp_path: Path
     with pytest.raises(ModelError, match="nothing was executed") as caught:
         read_config(path)
     told = caught.value.message.replace("__builtin__.", "builtins.").replace("pathlib._local.", "pathlib.")
-    assert f"asks for {tried}," in told
+    assert f"asks for {tried}," in told and "save_pipeline.py --model" in told
     assert not canary.exists()
 
 

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -264,6 +265,21 @@ def test_verify_reads_the_content(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[::-1])  # same size, other content
     with pytest.raises(ModelError, match=r"model/model\.safetensors"):
         verify(files)
+
+
+@pytest.mark.parametrize(
+    ("source", "again"),
+    [("Hugging Face hub", "--model base"), ("directory (CTranslate2 conversion)", "--from DIRECTORY")],
+)
+def test_what_to_run_for_a_damaged_cache_brings_the_same_model_back(tmp_path: Path, source: str, again: str) -> None:
+    """The command that was given would have put the default model in its place."""
+    directory = cache(tmp_path / "cache", "openai/whisper-base")
+    manifest = Manifest.read(directory)
+    assert manifest is not None
+    replace(manifest, source=source).write(directory)
+    (directory / "model" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=again):
+        find_model(Settings(model_cache=directory))
 
 
 def test_verify_reads_a_snapshots_content(tmp_path: Path, hubs: tuple[Path, Path]) -> None:

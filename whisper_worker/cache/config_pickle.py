@@ -20,7 +20,7 @@ from whisper_worker.errors import ModelError
 RUNTIME_KEYS = ("torch_dtype", "dtype", "device", "device_map", "batch_size")
 """What the worker decides when it starts; in a saved configuration these only conflict."""
 
-_ANEW = "Make it anew with save_pipeline.py."
+_ANEW = "Make it anew: python save_pipeline.py --model NAME, with the model that is there."
 _MAX_BYTES = 64 * 1024
 _MAX_VALUES = 4096
 _MAX_DEPTH = 16

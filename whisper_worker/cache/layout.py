@@ -92,7 +92,8 @@ class Manifest:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
-                "The model cache's manifest.json is damaged. Fill the cache anew: python save_pipeline.py --force."
+                "The model cache's manifest.json is damaged. Fill the cache anew: "
+                "python save_pipeline.py --force --model NAME."
             ) from error
 
     def write(self, directory: Path) -> None:
@@ -110,14 +111,14 @@ class Manifest:
         for name, entry in self.files.items():
             path = directory / name
             if not path.is_file() or path.stat().st_size != entry.n_bytes:
-                raise _damaged(name)
+                raise _damaged(name, self.model, self.source)
 
     def check_sums(self, directory: Path) -> None:
         """Raise :class:`ModelError` where a file's content is not what was written."""
         self.check_sizes(directory)
         for name, entry in self.files.items():
             if sha256_of(directory / name) != entry.sha256:
-                raise _damaged(name)
+                raise _damaged(name, self.model, self.source)
 
 
 def sha256_of(path: Path) -> str:
@@ -179,7 +180,7 @@ def verify(files: ModelFiles) -> int:
         content = path.resolve()
         if path.is_symlink() and _SHA256.fullmatch(content.name):
             if sha256_of(content) != content.name:
-                raise _damaged(path.name)
+                raise _damaged(path.name, files.name, files.source)
             checked += 1
     return checked
 
@@ -370,8 +371,10 @@ def _snapshots(hub: Path, name: ModelName) -> Iterator[Path]:
         yield from sorted(present, key=lambda path: first.index(path.name) if path.name in first else len(first))
 
 
-def _damaged(name: str) -> ModelError:
+def _damaged(name: str, model: str, source: str) -> ModelError:
+    # Without the model's name the default one would take its place.
+    again = "--from DIRECTORY" if source.startswith("directory") else f"--model {known_short(model) or model}"
     return ModelError(
         f"The model cache is damaged: {name} is missing or not what was written. "
-        "Fill it anew: python save_pipeline.py --force"
+        f"Fill it anew: python save_pipeline.py --force {again}"
     )

