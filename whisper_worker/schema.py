@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
@@ -71,6 +72,10 @@ def _int(low: int, high: int) -> Callable[[object], int]:
     parse_float = _float(low, high)
 
     def parse(value: object) -> int:
+        with suppress(ValueError):  # not by way of a float, which has no room for every seed
+            value = int(value) if isinstance(value, str) else value
+        if type(value) is int and low <= value <= high:
+            return value
         number = parse_float(value)
         if number != int(number):
             raise ValueError("must be a whole number")

@@ -56,6 +56,11 @@ def test_forms_send_strings() -> None:
     assert options.languages == ("en", "de")
 
 
+@pytest.mark.parametrize("seed", [2**63 - 1, 2**53 + 1, "9007199254740993", 7.0, "7"])
+def test_a_seed_is_taken_to_the_last_digit(seed: int | float | str) -> None:
+    assert parse(seed=seed, temperature=1.0).seed == int(seed)
+
+
 def test_temperature_ladders_and_token_lists() -> None:
     assert parse(temperature=[0.0, 0.4]).temperature == (0.0, 0.4)
     assert parse(suppress_tokens=[-1, 50]).suppress_tokens == "-1,50"
