@@ -527,6 +527,19 @@ def test_files_joined_end_to_end_are_read_to_the_end(
     assert likeness(audio.waveform[-len(reference) :], reference) > 0.9
 
 
+@pytest.mark.parametrize("codec", ["libvorbis", "libopus"])
+def test_ogg_files_joined_end_to_end_are_not_called_damaged(
+    binary: str, made: Callable[..., Path], tmp_path: Path, codec: str
+) -> None:
+    """Each file has its own serial number, unlike one that is doubled; radio recordings and voice notes come so."""
+    parts = [made(f"{number}.ogg", "-c:a", codec, "-serial_offset", number) for number in (1, 2)]
+    path = tmp_path / "joined.ogg"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    audio = decode(path, SETTINGS)
+    assert audio.duration == pytest.approx(2 * CLIP_SECONDS, abs=0.1)
+    assert audio.warnings == ()
+
+
 def test_a_stream_that_changes_on_the_way_is_not_padded(binary: str, made: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "changing.aac"
     low = made("low.aac", "-c:a", "aac", "-ac", 1, "-ar", 22050)

@@ -44,6 +44,8 @@ JUMP = 0.1
 _POLL = 0.1
 _READ = 1 << 18
 _MAX_JUMPS = 10_000
+_NO_ERROR = "failed to create or replace stream"
+"""Said of Ogg files joined end to end, while their length is looked for. Where a part is lost, more lines follow."""
 # Passes every frame on as it is, and prints the time and the position of the first one and of
 # each that does not follow on its predecessor. The log is the only way out for a time stamp
 # when the samples leave as plain PCM.
@@ -117,7 +119,7 @@ class Report:
                 continue
             if match[1] == "info":
                 self._read_info(match[2])
-            elif match[1] in ("error", "fatal"):
+            elif match[1] in ("error", "fatal") and match[2] != _NO_ERROR:
                 self.n_errors += 1
                 if len(self.errors) < 8:
                     self.errors.append(match[2][:300])
