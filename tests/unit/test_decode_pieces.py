@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import threading
 import time
@@ -19,7 +20,7 @@ from whisper_worker.types import CancelToken
 
 CLIP = Path(__file__).parents[1] / "data" / "speech" / "jfk.flac"
 SETTINGS = Settings()
-SYSTEM = ffmpeg_child.ffmpeg_binary()
+SYSTEM = shutil.which("ffmpeg") or ffmpeg_child.ffmpeg_binary()
 
 
 @pytest.fixture(params=["system", "package"])
