@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,3 +223,20 @@ def test_transcription_and_translation_come_as_asked(text_format: str, expected:
     assert result["translation"] == expected
     assert "eins" in result["transcription"]
     assert result["detected_language"] == "de"
+
+
+def test_the_receipt_counts_the_translating_pass() -> None:
+    """It named the price of the first pass alone, about half of what the job had cost."""
+    order = only({"audio": URL, "translate": True})
+    one, other = transcript(" hallo", language="de"), transcript(" hello")
+    assert one.receipt is not None
+    first = replace(one.receipt, stages={"recognize": 0.5, "total": 1.0}, cost=0.002, batch_size=8, peak_memory_mb=5.0)
+    second = replace(first, stages={"recognize": 0.75, "total": 1.5}, cost=0.003, batch_size=4, peak_memory_mb=7.0)
+    receipt = answer(order, replace(one, receipt=first), replace(other, receipt=second))["receipt"]
+    assert receipt["stages"] == {"recognize": 1.25, "total": 2.5}
+    assert receipt["rtfx"] == round(first.audio_seconds / 2.5, 1)
+    assert (receipt["cost"], receipt["windows"]) == (0.005, 2 * first.windows)
+    assert (receipt["batch_size"], receipt["peak_memory_mb"]) == (4, 7.0)
+    alone = answer(order, replace(one, receipt=first), None)["receipt"]
+    same = replace(one, receipt=first)
+    assert answer(order, same, same)["receipt"] == alone  # English was heard: there was no second pass

@@ -17,7 +17,7 @@ from whisper_worker.cache.names import same_model
 from whisper_worker.errors import InvalidInput, WhisperWorkerError
 from whisper_worker.schema import ALIASES, SOURCE_KEYS, flag, job_input_from_dict, parse_field, transcript_to_dict
 from whisper_worker.settings import Settings
-from whisper_worker.types import JobInput, Transcript
+from whisper_worker.types import JobInput, Receipt, Transcript
 
 _LISTS = ("audio_urls", "audios", "audio_url", "audio")
 """Fields that may hold a list of inputs."""
@@ -87,7 +87,10 @@ def read_request(payload: object, settings: Settings, served_model: Callable[[],
 
 def answer(order: Order, transcript: Transcript, translation: Transcript | None) -> dict[str, Any]:
     """One input's answer, ready for JSON; ``translation`` is the English transcript where one was wanted."""
-    result = transcript_to_dict(transcript)
+    receipt = transcript.receipt
+    if receipt and translation and translation is not transcript and translation.receipt:
+        receipt = _both(receipt, translation.receipt)
+    result = transcript_to_dict(replace(transcript, receipt=receipt))
     if order.job.formats:
         result["formats"] = {name: formats.write(transcript, name) for name in order.job.formats}
     if order.chunks:
@@ -103,10 +106,25 @@ def answer(order: Order, transcript: Transcript, translation: Transcript | None)
     result["transcription"] = _as_text(transcript, order.transcription)
     result["translation"] = _as_text(translation, order.translation) if translation is not None else None
     result["detected_language"] = transcript.language
-    if transcript.receipt is not None:
-        result["device"] = transcript.receipt.device
-        result["model"] = transcript.receipt.model
+    if receipt is not None:
+        result["device"] = receipt.device
+        result["model"] = receipt.model
     return result
+
+
+def _both(first: Receipt, second: Receipt) -> Receipt:
+    """What the two passes over a recording cost together; what was found in it is the first one's."""
+    stages = {name: round(first.stages.get(name, 0) + second.stages.get(name, 0), 3) for name in first.stages}
+    return replace(
+        first,
+        stages=stages,
+        rtfx=round(first.audio_seconds / max(stages["total"], 1e-3), 1),
+        windows=first.windows + second.windows,
+        retried_windows=first.retried_windows + second.retried_windows,
+        batch_size=min(first.batch_size, second.batch_size),
+        peak_memory_mb=max(first.peak_memory_mb, second.peak_memory_mb),
+        cost=None if first.cost is None or second.cost is None else round(first.cost + second.cost, 6),
+    )
 
 
 def _entry(entry: object) -> Mapping[str, object]:
