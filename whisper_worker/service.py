@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 
 _log = get_logger("service")
 
-_GIVE_BACK_SECONDS = 10.0
-"""Least time between two looks for memory to give back: what is given back must be asked for again."""
-
 _Decode = Callable[[Path, Settings, Path, CancelToken], "tuple[DecodedAudio, ...]"]
 
 
@@ -51,7 +47,7 @@ class Service:
         self._lock = threading.Lock()
         self._engine: Future[_Engine] | None = None
         self._cleaned = False
-        self._gave_back = time.monotonic()
+        self._in_hand = 0
 
     def load(self) -> None:
         """Load the model and run it once. Raises :class:`ModelError` where there is none to load."""
@@ -234,22 +230,20 @@ class Service:
     @contextmanager
     def _job(self) -> Iterator[None]:
         """What holds for every job: typed errors, and memory given back behind it."""
+        with self._lock:
+            self._in_hand += 1
         try:
             with _typed_errors():
                 yield
         finally:
+            with self._lock:
+                self._in_hand -= 1
             self._give_back()
 
     def _give_back(self) -> None:
-        """Give unused memory back to the system, unless that was done a moment ago."""
         from whisper_worker.engine.memory import give_back_unused
 
-        with self._lock:
-            due = time.monotonic() - self._gave_back > _GIVE_BACK_SECONDS
-            if due:
-                self._gave_back = time.monotonic()
-        if due:
-            give_back_unused()
+        give_back_unused(idle=not self._in_hand)
 
     def close(self) -> None:
         """Stop the engine after the batch in hand."""

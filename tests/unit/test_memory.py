@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from tests.models import model_cache
-from whisper_worker import service as service_module
 from whisper_worker.engine import memory
 from whisper_worker.errors import WhisperWorkerError
 from whisper_worker.service import Service
@@ -56,6 +55,10 @@ def pages_in_holes() -> None:
     before = resident_mb()
     libc, last = leave_a_hole(100)
     assert resident_mb() - before > 80, "the allocator keeps what lies below a block in use"
+    memory.GIVE_BACK_SECONDS = 3600.0
+    memory.give_back_unused()
+    assert resident_mb() - before > 80, "the last time is not long ago"
+    memory.GIVE_BACK_SECONDS = 0.0
     memory.give_back_unused()
     assert resident_mb() - before < 20
     libc.free(last)
@@ -68,11 +71,11 @@ def a_job_gives_back() -> None:
     missing = JobInput(source=AudioSource(path=Path("/nowhere.wav")))
     before = resident_mb()
     libc, last = leave_a_hole(100)
-    service_module._GIVE_BACK_SECONDS = 3600.0
+    memory.GIVE_BACK_SECONDS = memory.GIVE_BACK_IDLE_SECONDS = 3600.0
     with pytest.raises(WhisperWorkerError):
         service.transcribe(missing)
     assert resident_mb() - before > 80, "the last time is not long ago"
-    service_module._GIVE_BACK_SECONDS = 0.0
+    memory.GIVE_BACK_IDLE_SECONDS = 0.0
     with pytest.raises(WhisperWorkerError):
         service.transcribe(missing)
     assert resident_mb() - before < 20
@@ -88,7 +91,7 @@ def a_long_job_gives_back_on_its_way() -> None:
     service.transcribe(job)
     before = resident_mb()
     libc, last = leave_a_hole(300)
-    service_module._GIVE_BACK_SECONDS = 0.0
+    memory.GIVE_BACK_SECONDS = 0.0
     seen: list[float] = []
     service.transcribe(job, on_progress=lambda _: seen.append(resident_mb()))
     assert seen and seen[0] - before < 150

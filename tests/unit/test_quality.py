@@ -119,3 +119,23 @@ def test_prompt_echo() -> None:
 
 def test_a_start_hotter_than_any_rise_is_taken_as_it_is() -> None:
     assert [step.temperature for step in quality.ladder(TranscribeOptions(temperature=1.5), ())] == [1.5]
+
+
+def test_stories_that_differ_at_every_attempt_were_not_said() -> None:
+    options = TranscribeOptions()
+    stories = ("see you in the next video", "so this is my brother", "thank you for joining us", "he never did it")
+    assert quality.is_invented([tried(story, -1.2) for story in stories], options)
+    assert not quality.is_invented([tried(story, -1.2) for story in stories[:2]], options), "too few to tell"
+    assert not quality.is_invented([tried(story, -1.2) for story in stories], TranscribeOptions(logprob_threshold=None))
+    assert not quality.is_invented([*(tried(story, -1.2) for story in stories), tried("hello", -0.9)], options)
+
+
+def test_speech_that_is_only_hard_is_kept() -> None:
+    heard = (
+        "of the deafness of the lady they watched",
+        "of deafness to the lady they washed",
+        "the lady they watch it",
+    )
+    assert not quality.is_invented([tried(text, -1.1) for text in heard], TranscribeOptions())
+    heard = ("彼は昨日学校へ行きました", "彼女は昨日学校に行った", "彼は昨夜学校へ行きます")
+    assert not quality.is_invented([tried(text, -1.1) for text in heard], TranscribeOptions())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from whisper_worker.engine import quality
 from whisper_worker.engine.live import Hypothesis, LiveWord, Request, folded
+from whisper_worker.engine.memory import give_back_unused
 from whisper_worker.engine.quality import Attempt, Verdict
 from whisper_worker.engine.recognizer import N_FRAMES, DecodingOptions, DecodingResult
 from whisper_worker.engine.scheduler import Priority, Work
@@ -69,6 +70,7 @@ class LiveRecognizer:
 
     def recognize(self, request: Request) -> Hypothesis:
         """Decode in the calling thread. Raises what the scheduler raises; the same request may be tried again."""
+        give_back_unused()
         one = _Window(self, request)
         if self.language is None and not self._detect(one, request):
             return Hypothesis((), discarded=True)
@@ -84,7 +86,9 @@ class LiveRecognizer:
         kept = tried[-1] if verdict is Verdict.ACCEPT else quality.best(tried, self._options)
         limit = self._options.compression_ratio_threshold
         repeats = kept.loop or (limit is not None and kept.compression_ratio > limit)
-        if verdict is Verdict.SILENCE or (verdict is Verdict.RETRY and (repeats or not request.final)):
+        failed = verdict is Verdict.RETRY
+        untrue = failed and (repeats or not request.final or quality.is_invented(tried, self._options))
+        if verdict is Verdict.SILENCE or untrue:
             return Hypothesis((), discarded=True)
         result = kept.result
         return Hypothesis(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -23,6 +25,14 @@ _KERNEL_CACHES = {"LRU_CACHE_CAPACITY": 32, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 2
 """Kernels that torch's CPU library keeps, for each thread and in all, by the variables it reads. It makes one
 for every shape of every operation and would keep 1,024 of either, tenths of a megabyte each."""
 
+GIVE_BACK_SECONDS = 10.0
+GIVE_BACK_IDLE_SECONDS = 2.0
+"""Least time between two looks for memory to give back: what is given back must be asked for again, less of it
+where there is no work."""
+
+_giving_back = threading.Lock()
+_given_back = time.monotonic()
+
 
 def bound_kernel_caches() -> None:
     """Limit what torch's CPU library keeps; a limit that is set stays. To be called before the first operation."""
@@ -30,12 +40,19 @@ def bound_kernel_caches() -> None:
         os.environ.setdefault(variable, str(kernels))
 
 
-def give_back_unused() -> None:
-    """Let the system have the pages that the C library's allocator holds and nobody uses.
+def give_back_unused(*, idle: bool = False) -> None:
+    """Let the system have the pages that the C library's allocator holds and nobody uses, unless that was done a
+    moment ago. ``idle``: no work is left.
 
     Waveforms, features and batches of all sizes, from many threads, leave holes; the allocator gives back only
-    what lies at the end. Takes milliseconds; does nothing where the C library is not GNU's.
+    what lies at the end. Takes some 10 ms; does nothing where the C library is not GNU's.
     """
+    global _given_back
+    with _giving_back:
+        now = time.monotonic()
+        if now - _given_back < (GIVE_BACK_IDLE_SECONDS if idle else GIVE_BACK_SECONDS):
+            return
+        _given_back = now
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -376,7 +376,7 @@ class _Run:
                 self.retried += 1
             self._submit(one, next_up=True)
             return
-        if verdict is Verdict.SILENCE:
+        if verdict is Verdict.SILENCE or (verdict is Verdict.RETRY and quality.is_invented(one.tried, self.options)):
             self._complete(one, [])
             return
         repeated = verdict is Verdict.ACCEPT and one.tried[-1].compression_ratio > (
