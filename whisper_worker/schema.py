@@ -213,7 +213,7 @@ def job_input_from_dict(
                 given[name] = None
             continue
         given[name] = parse_field(name, value, parse, None)
-    options = TranscribeOptions(**given)
+    options = TranscribeOptions(**given, strict=strict)
     ignored = [f"The field {name} is not known and was ignored." for name in sorted(values)]
     if source.headers and not source.over_http:
         ignored.append("headers have an effect only where the audio is fetched over http, and were ignored.")

@@ -285,9 +285,11 @@ def _nothing_collected() -> Iterator[None]:
 
 
 def _load(settings: Settings) -> _Engine:
-    from whisper_worker.cache.layout import find_model
+    from whisper_worker.cache.layout import find_model, verify
 
     files = find_model(settings)
+    if settings.verify_model:
+        _log.info("Model files checked", extra={"fields": {"files": verify(files)}})
     load: Callable[..., Recognizer]
     with _nothing_collected():
         import torch

@@ -125,6 +125,12 @@ class Settings:
         "decoder weights with a bfloat16 (where the processor has it) or float32 encoder.",
         "WHISPER_COMPUTE_TYPE",
     )
+    verify_model: bool = _setting(
+        False,
+        _flag,
+        "Check the digests on record for the model's files before it is loaded (seconds for each gigabyte).",
+        "WHISPER_VERIFY_MODEL",
+    )
     threads: int = _setting(
         0, _integer(0, 1024), "CPU threads of the model; 0 takes the cores this process may use.", "WHISPER_THREADS"
     )

@@ -167,6 +167,8 @@ class TranscribeOptions:
     without_timestamps: bool = False
     seed: int | None = None
     """Seed of sampling at temperatures above 0; None takes a fixed one, so that equal jobs give equal text."""
+    strict: bool = False
+    """Refuse what the loaded model would ignore, rather than warn."""
 
 
 @dataclass(frozen=True, slots=True)

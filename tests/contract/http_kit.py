@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -57,6 +58,8 @@ def base_settings(model: str = "tiny.en", **changes: Any) -> Settings:
 def loaded_service(model: str = "tiny.en") -> Service:
     """One of each model for all tests of the process."""
     service = Service(base_settings(model))
+    # A process that ends in the middle of a batch, which a test may have left behind, is aborted by the C++ library.
+    atexit.register(service.close)
     service.load()
     return service
 

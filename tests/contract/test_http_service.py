@@ -226,7 +226,7 @@ def test_requests_carry_their_id(http: httpx.Client, caplog: pytest.LogCaptureFi
 
 
 def test_a_client_that_goes_takes_its_work_along(http: httpx.Client, tmp_path: Path) -> None:
-    speech = long_speech(tmp_path / "long.wav", 5).read_bytes()
+    speech = long_speech(tmp_path / "long.wav", 12).read_bytes()
     before = metric(http, "whisper_audio_seconds_total")
     with http.stream("POST", "/transcribe?stream=true", files={"audio": speech}) as answer:
         assert any(line == "event: segment" for line in answer.iter_lines())
@@ -257,7 +257,7 @@ def test_a_listener_that_goes_is_let_go_of_when_its_work_has_ended(
             too_early.append(not running.done())
 
     monkeypatch.setattr(http_desk, "_stop", watched)
-    speech = long_speech(tmp_path / "long.wav", 5).read_bytes()
+    speech = long_speech(tmp_path / "long.wav", 12).read_bytes()
     with http.stream("POST", "/transcribe?stream=true", files={"audio": speech}) as answer:
         assert not heard or any(line == "event: segment" for line in answer.iter_lines())
     until(lambda: too_early and metric(http, "whisper_requests_in_hand") == 0)

@@ -16,6 +16,7 @@ import pytest
 from whisper_worker.cache import layout
 from whisper_worker.cache.layout import FileSum, Manifest, find_model, sha256_of, verify
 from whisper_worker.errors import ModelError
+from whisper_worker.service import Service
 from whisper_worker.settings import Settings
 
 SIZES = {
@@ -265,6 +266,8 @@ def test_verify_reads_the_content(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[::-1])  # same size, other content
     with pytest.raises(ModelError, match=r"model/model\.safetensors"):
         verify(files)
+    with pytest.raises(ModelError, match=r"model/model\.safetensors"):
+        Service(Settings(model_cache=tmp_path / "cache", verify_model=True)).load()
 
 
 @pytest.mark.parametrize(

@@ -498,3 +498,5 @@ def test_what_an_english_model_and_a_short_prompt_cannot_hold_is_named(
     options = replace(PLAIN, languages=("de",), multilingual=True, initial_prompt="and so on " * 200)
     warnings = run(Scripted(english, plainly()), Detector((0.0, 8.0)), 10.0, options).warnings
     assert [warning.split()[0] for warning in warnings] == ["hotwords", "languages", "multilingual"]
+    with pytest.raises(InvalidInput, match=r"multilingual has no effect .* strict=false"):
+        run(Scripted(english, plainly()), Detector((0.0, 8.0)), 10.0, replace(options, strict=True))

@@ -80,6 +80,7 @@ OPTIONS: dict[str, Schema] = {
     "prefix": _text("Text that the first window begins with."),
     "without_timestamps": _flag("Decode without times inside a window."),
     "seed": _integer("Of sampling at temperatures above 0.", 0, 2**53),
+    "strict": _flag("Refuse the request where a field would be ignored, rather than warn."),
 }
 """Every option of the common request."""
 
@@ -88,7 +89,6 @@ _COMMON: dict[str, Schema] = {
     **OPTIONS,
     "formats": _text(f"Texts to add to the answer, separated by commas: {', '.join(FORMATS)} or all.", "srt,vtt"),
     "sha256": {"type": "string", "pattern": "^[0-9a-fA-F]{64}$", "description": "Digest that the audio must have."},
-    "strict": _flag("Refuse the request where a field would be ignored, rather than warn."),
     "model": _text("Accepted for other services' clients; the loaded model answers."),
 }
 _FILE: Schema = {"type": "string", "format": "binary", "description": "Anything that ffmpeg reads."}

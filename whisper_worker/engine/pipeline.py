@@ -189,6 +189,8 @@ class _Run:
             ]
         elif unknown := sorted(set(options.languages) - set(self.tokenizer.languages)):
             self.warnings.append(f"languages names {', '.join(unknown)}, unknown to the loaded model, and ignored.")
+        if self.warnings and options.strict:
+            raise InvalidInput(" ".join(self.warnings) + " Correct or remove it, or send strict=false.")
         self.outstanding: list[_Pending] = []
         self.waiting_segments: list[tuple[int, list[Segment]]] = []
         self.segments: list[Segment] = []

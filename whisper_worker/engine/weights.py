@@ -104,5 +104,5 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("WHISPER_DEVICE is cuda, but this machine has no CUDA device.")
+        raise ModelError("There is no CUDA device here; set WHISPER_DEVICE=cpu or auto.")
     return torch.device(name)
