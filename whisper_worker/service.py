@@ -295,7 +295,7 @@ def _load(settings: Settings) -> _Engine:
         import torch
 
         from whisper_worker.audio.vad import VoiceDetector
-        from whisper_worker.engine.memory import bound_kernel_caches
+        from whisper_worker.engine.memory import bound_native_memory
         from whisper_worker.engine.pipeline import Pipeline
         from whisper_worker.engine.scheduler import Scheduler
         from whisper_worker.engine.tokenizer import Tokenizer
@@ -308,7 +308,7 @@ def _load(settings: Settings) -> _Engine:
             from whisper_worker.engine.native import NativeRecognizer
 
             load = NativeRecognizer.load
-    bound_kernel_caches()
+    bound_native_memory()
     tokenizer = Tokenizer.load(files.processor_dir / "tokenizer.json", files.model_dir / "generation_config.json")
     recognizer = load(
         files.model_dir,

@@ -7,6 +7,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,9 +105,43 @@ def a_long_job_gives_back_on_its_way() -> None:
 def test_kernel_caches_are_bounded_unless_they_are_already(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
-    memory.bound_kernel_caches()
+    memory.bound_native_memory()
     assert int(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
     assert os.environ["LRU_CACHE_CAPACITY"] == "7"
+
+
+@glibc
+@pytest.mark.parametrize(
+    ("given", "most"), [({}, max(2, len(os.sched_getaffinity(0)))), ({"MALLOC_ARENA_MAX": "7"}, 7)]
+)
+def test_threads_share_heaps(given: dict[str, str], most: int) -> None:
+    code = "from tests.unit import test_memory; test_memory.many_threads_allocate()"
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=root, timeout=60, capture_output=True, text=True, env={**os.environ, **given})
+    assert done.stdout.split() == [str(most)], done.stderr
+
+
+def many_threads_allocate() -> None:
+    """Print among how many heaps a dozen threads, all there at once, share what they allocate."""
+    memory.bound_native_memory()
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype = ctypes.c_void_p
+    libc.malloc.restype = ctypes.c_void_p
+    together = threading.Barrier(12)
+
+    def allocate(_: int) -> None:
+        libc.malloc(1000)
+        together.wait(30)
+
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(allocate, range(12)))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "heaps"
+        file = ctypes.c_void_p(libc.fopen(str(path).encode(), b"w"))
+        libc.malloc_info(0, file)
+        libc.fclose(file)
+        print(path.read_text().count("<heap nr="))
 
 
 @pytest.mark.parametrize(

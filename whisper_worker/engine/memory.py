@@ -25,6 +25,9 @@ _KERNEL_CACHES = {"LRU_CACHE_CAPACITY": 32, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 2
 """Kernels that torch's CPU library keeps, for each thread and in all, by the variables it reads. It makes one
 for every shape of every operation and would keep 1,024 of either, tenths of a megabyte each."""
 
+_M_ARENA_MAX = -8
+"""GNU's name for how many heaps threads share. It makes eight for each core; each keeps holes of its own."""
+
 GIVE_BACK_SECONDS = 10.0
 GIVE_BACK_IDLE_SECONDS = 2.0
 """Least time between two looks for memory to give back: what is given back must be asked for again, less of it
@@ -34,10 +37,16 @@ _giving_back = threading.Lock()
 _given_back = time.monotonic()
 
 
-def bound_kernel_caches() -> None:
-    """Limit what torch's CPU library keeps; a limit that is set stays. To be called before the first operation."""
+def bound_native_memory() -> None:
+    """Limit what torch's CPU library and the C library keep; a limit that is set in the environment stays.
+
+    To be called before the first operation.
+    """
     for variable, kernels in _KERNEL_CACHES.items():
         os.environ.setdefault(variable, str(kernels))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt(_M_ARENA_MAX, max(2, len(os.sched_getaffinity(0))))
 
 
 def give_back_unused(*, idle: bool = False) -> None:
