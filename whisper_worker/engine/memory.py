@@ -29,7 +29,7 @@ _M_ARENA_MAX = -8
 """GNU's name for how many heaps threads share. It makes eight for each core; each keeps holes of its own."""
 
 GIVE_BACK_SECONDS = 10.0
-GIVE_BACK_IDLE_SECONDS = 2.0
+GIVE_BACK_IDLE_SECONDS = 1.0
 """Least time between two looks for memory to give back: what is given back must be asked for again, less of it
 where there is no work."""
 
