@@ -70,7 +70,13 @@ class LiveRecognizer:
 
     def recognize(self, request: Request) -> Hypothesis:
         """Decode in the calling thread. Raises what the scheduler raises; the same request may be tried again."""
-        give_back_unused()
+        try:
+            return self._recognize(request)
+        finally:
+            # A pause follows what is final, or nothing: what the decode used would be held all that while.
+            give_back_unused(idle=request.final)
+
+    def _recognize(self, request: Request) -> Hypothesis:
         one = _Window(self, request)
         if self.language is None and not self._detect(one, request):
             return Hypothesis((), discarded=True)
