@@ -283,6 +283,37 @@ def test_a_few_samples_are_enough(binary: str, tmp_path: Path) -> None:
     assert np.array_equal(decode(write_wav(tmp_path / "a.wav", samples), SETTINGS).waveform, samples)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("a.mp3", ()),
+        ("tagless.mp3", ("-id3v2_version", 0, "-write_xing", 0)),
+        ("a.aac", ()),
+        ("a.ac3", ()),
+        ("a.eac3", ()),
+        ("a.dts", ("-strict", -2)),
+        ("a.ts", ("-c:a", "aac")),
+    ],
+)
+def test_a_few_frames_are_enough(
+    binary: str, made: Callable[..., Path], tmp_path: Path, name: str, arguments: tuple[object, ...]
+) -> None:
+    """A key pressed and let go of: they were refused, since ffmpeg wants more frames before it names the format."""
+    path = tmp_path / "of-no-known-kind"
+    path.write_bytes(made(name, "-ss", 2, "-t", 0.03, *arguments).read_bytes())
+    audio = decode(path, SETTINGS)
+    assert 0.02 < audio.duration < 0.15 and audio.warnings == ()
+
+
+@pytest.mark.parametrize("start", [b"ID3", b"\xff\xfb", b"\xff\xf1", b"\x0b\x77", b"\x7f\xfe\x80\x01", b"G"])
+def test_bytes_that_begin_like_a_frame_are_no_audio(binary: str, tmp_path: Path, start: bytes) -> None:
+    noise = np.random.default_rng(7).integers(0, 256, 3000, np.uint8).tobytes()
+    path = tmp_path / "noise"
+    path.write_bytes(start + noise[:187] + b"G" + noise)
+    with pytest.raises(AudioDecodeError, match="no format was recognised"):
+        decode(path, SETTINGS)
+
+
 # Channels and streams
 
 

@@ -43,6 +43,18 @@ _RAW_FORMATS: dict[str, dict[str, object]] = {
 }
 """Formats without any header: telephony's, for which an extension is all there is to go by."""
 
+_FRAMES = (
+    (re.compile(rb"ID3|\xff[\xf2-\xf7\xfa-\xff]"), "mp3"),
+    (re.compile(rb"\xff[\xf0\xf1\xf8\xf9]"), "aac"),
+    (re.compile(rb"\x0b\x77"), "eac3"),
+    (re.compile(rb"\x7f\xfe\x80\x01"), "dts"),
+    (re.compile(rb"G.{187}G", re.DOTALL), "mpegts"),
+)
+"""How the frames of formats without a header begin. Of a few of them alone ffmpeg does not say what they are. AC-3 is
+read by E-AC-3's reader as well."""
+_FEW_FRAMES_BYTES = 64 << 10
+"""A larger file that was not recognised is none of these."""
+
 _MAGIC = (
     (b"PK\x03\x04", "a ZIP archive"),
     (b"%PDF", "a PDF document"),
@@ -106,6 +118,8 @@ def decode(
             taken = job.decode_stream(options={"ignore_length": 1} if job.riff_surplus > 0.1 * n_bytes else {})
             if not taken.report.opened and path.suffix.lower() in _RAW_FORMATS:
                 taken = job.decode_stream(options=_RAW_FORMATS[path.suffix.lower()])
+            elif not taken.report.opened and n_bytes <= _FEW_FRAMES_BYTES:
+                taken = _few_frames(job) or taken
             audio = _finish(_stream_with_sound(job, taken), job)
     seconds = round(time.monotonic() - started, 3)
     fields = {"codec": audio.codec, "channels": audio.n_channels, "audio_seconds": audio.duration, "seconds": seconds}
@@ -331,6 +345,16 @@ def _stream_with_sound(job: _Job, taken: _Stream) -> _Stream:
             if other.peak > taken.peak:
                 taken = other
     return taken
+
+
+def _few_frames(job: _Job) -> _Stream | None:
+    """A file of a few frames, by the format that its first bytes are those of; None where it is not whole in it."""
+    for start, name in _FRAMES:
+        if start.match(job.head):
+            taken = job.decode_stream(options={"format": name})
+            # Bytes that begin like a frame by coincidence give errors, or nothing at all.
+            return taken if taken.n_samples and not taken.report.n_errors else None
+    return None
 
 
 def _finish(taken: _Stream, job: _Job) -> DecodedAudio:
