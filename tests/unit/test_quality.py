@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from whisper_worker.engine import quality
 from whisper_worker.engine.quality import Attempt, Verdict
 from whisper_worker.engine.recognizer import DecodingResult
@@ -139,3 +141,22 @@ def test_speech_that_is_only_hard_is_kept() -> None:
     assert not quality.is_invented([tried(text, -1.1) for text in heard], TranscribeOptions())
     heard = ("彼は昨日学校へ行きました", "彼女は昨日学校に行った", "彼は昨夜学校へ行きます")
     assert not quality.is_invented([tried(text, -1.1) for text in heard], TranscribeOptions())
+
+
+@pytest.mark.parametrize(
+    "heard",
+    [
+        ("彼は昨日、学校へ行きました。", "彼女は昨日、学校に行った。", "彼は昨夜、学校へ行きます。"),
+        (
+            "我昨天在 GitHub 上看到了，这个很好。",
+            "他昨天在GitHub上看到，那个很好。",
+            "我昨天 在 git hub 上看了，这个好。",
+        ),
+    ],
+    ids=["Japanese", "Chinese with a name"],
+)
+def test_marks_and_blanks_do_not_make_words_of_clauses(heard: tuple[str, ...]) -> None:
+    """Of text in such a script that had a comma, whole clauses had to agree; hard speech was left out."""
+    assert not quality.is_invented([tried(text, -1.1) for text in heard], TranscribeOptions())
+    others = ("ご視聴、ありがとう。", "次の動画で、お会いしましょう。")
+    assert quality.is_invented([tried(text, -1.1) for text in (heard[0], *others)], TranscribeOptions())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ _LEAST_AGREEMENT = 0.3
 windows in noise of 0 and -5 dB that had less, a tenth of the words were right; of those with more, a fifth."""
 _ATTEMPTS_COMPARED = 3
 """Least number of attempts whose contradiction means something."""
+
+# Thai, Lao, Tibetan and Burmese; Khmer; kana; Chinese characters; kana of half width; rarer Chinese characters.
+_NO_BLANKS = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+_WORD = re.compile(f"[{_NO_BLANKS}]|[^\\s{_NO_BLANKS}]+")
 
 
 class Verdict(Enum):
@@ -181,8 +186,7 @@ def is_prompt_echo(text: str, prompt: str | None) -> bool:
 
 def _words(text: str) -> Sequence[str]:
     """Words; characters where a script puts no blanks between them."""
-    folded = _folded(text)
-    return folded.split() if " " in folded or folded.isascii() else folded
+    return _WORD.findall(_folded(text))
 
 
 def _shared(words: Sequence[str], other: Sequence[str]) -> int:
