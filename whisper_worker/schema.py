@@ -267,8 +267,11 @@ def _source(values: dict[str, object]) -> AudioSource:
 def _without_effect(given: Mapping[str, object], options: TranscribeOptions) -> list[str]:
     """Options that were given but cannot do anything beside the others."""
     said: list[str] = []
+    listed = isinstance(options.temperature, tuple)
     first = options.temperature if isinstance(options.temperature, tuple) else (options.temperature,)
-    rises = len(first) > 1 or bool(options.temperature_increment_on_fallback)
+    rises = not listed and bool(options.temperature_increment_on_fallback)
+    if listed and given.get("temperature_increment_on_fallback"):
+        said.append("temperature_increment_on_fallback has an effect with a single temperature only and was ignored.")
     if 0.0 not in first:
         said.extend(
             f"{name} has an effect at temperature 0 only and was ignored."
@@ -291,6 +294,8 @@ def _without_effect(given: Mapping[str, object], options: TranscribeOptions) -> 
         )
     if options.languages and options.language and not options.multilingual:
         said.append("languages has an effect only where language is not given, and was ignored.")
+    if options.language and options.multilingual:
+        said.append("language has an effect only without multilingual, which detects it, and was ignored.")
     if "vad_threshold" in given and not options.vad:
         said.append("vad_threshold has an effect with vad only and was ignored.")
     return said

@@ -113,6 +113,24 @@ def test_unknown_and_ineffective_options_are_named_or_refused() -> None:
         job_input_from_dict(payload, Settings(strict=True))
 
 
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({"temperature": [0.0, 0.4], "temperature_increment_on_fallback": 0.2}, "temperature_increment_on_fallback"),
+        ({"temperature": [0.0], "best_of": 3}, "best_of"),
+        ({"language": "de", "multilingual": True}, "language"),
+    ],
+)
+def test_options_that_another_one_overrides_are_named_or_refused(options: dict[str, object], idle: str) -> None:
+    """They were swallowed."""
+    (warning,) = job_input_from_dict({**URL, **options}, SETTINGS).warnings
+    assert warning.startswith(f"{idle} has an effect ")
+    with pytest.raises(InvalidInput, match=idle):
+        job_input_from_dict({**URL, **options, "strict": True}, SETTINGS)
+    used = {name: value for name, value in options.items() if name not in ("temperature", "multilingual")}
+    assert not job_input_from_dict({**URL, **used}, SETTINGS).warnings
+
+
 @pytest.mark.parametrize("source", [{"audio_base64": "AAAA"}, {"audio_url": " DATA:,abc"}])
 def test_headers_that_are_sent_to_nobody_are_named_or_refused(source: dict[str, str]) -> None:
     """Only the fetching noticed, when strict had been asked already."""
