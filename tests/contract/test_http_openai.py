@@ -93,6 +93,24 @@ def test_every_other_option(client: openai.OpenAI) -> None:
         assert name not in warnings
 
 
+def test_words_asked_for_by_the_common_name_are_given_or_named(client: openai.OpenAI) -> None:
+    """They were timed, and left out."""
+    asked = {"word_timestamps": True}
+    answer = client.audio.transcriptions.create(
+        file=JFK, model="whisper-1", response_format="verbose_json", extra_body=asked
+    )
+    assert answer.words and answer.words[-1].word == "country." and answer.segments
+    plain = client.audio.transcriptions.create(file=JFK, model="whisper-1", extra_body=asked)
+    assert plain.model_extra is not None and "word_timestamps" in plain.model_extra["warnings"][0]
+
+
+def test_keywords_beside_hotwords_are_named(client: openai.OpenAI) -> None:
+    answer = client.audio.transcriptions.create(
+        file=JFK, model="whisper-1", keywords=["Americans"], extra_body={"hotwords": "country"}
+    )
+    assert answer.model_extra is not None and "keywords" in answer.model_extra["warnings"][0]
+
+
 def test_warnings_of_a_text_are_in_a_header(client: openai.OpenAI) -> None:
     raw = client.audio.transcriptions.with_raw_response.create(
         file=JFK, model="large-v3", response_format="text", timestamp_granularities=["word"]

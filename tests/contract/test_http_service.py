@@ -314,6 +314,26 @@ def test_asr_json_of_raw_samples(http: httpx.Client) -> None:
     assert "diarize was ignored" in json.loads(answer.headers["x-warnings"])[0]
 
 
+def test_asr_swallows_nothing(http: httpx.Client) -> None:
+    """A form's ``output`` was dropped without a word, and ``strict`` did not see what has no effect there."""
+    file = {"audio_file": JFK.read_bytes()}
+    answer = http.post("/asr", data={"output": "json"}, files=file)
+    assert "output" in json.loads(answer.headers["x-warnings"])[0]
+    answer = http.post("/asr", params={"diarize": "true", "strict": "true"}, files=file)
+    assert answer.status_code == 422 and "diarize" in answer.json()["error"]["message"]
+    answer = http.post("/detect-language", params={"colour": "blue"}, files=file)
+    assert answer.json()["language_code"] == "en"
+    assert "colour" in json.loads(answer.headers["x-warnings"])[0]
+
+
+def test_warnings_too_long_for_a_header_leave_a_list(http: httpx.Client) -> None:
+    """The list was cut in the middle of a string."""
+    params = {"colour": "blue", "x" * 5000: "1"}
+    answer = http.post("/asr", params=params, files={"audio_file": JFK.read_bytes()})
+    first, last = json.loads(answer.headers["x-warnings"])
+    assert "colour" in first and "further warnings" in last
+
+
 def test_the_language_is_detected(http: httpx.Client) -> None:
     answer = http.post("/detect-language", files={"audio_file": PRINTING.read_bytes()})
     assert answer.json() == {"detected_language": "english", "language_code": "en", "confidence": 1.0}

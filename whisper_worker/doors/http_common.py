@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _TEXTS = ("initial_prompt", "prompt", "hotwords", "prefix")
 _SOURCES = (*SOURCE_KEYS, "audio", "url")
+_WARNINGS_BYTES = 4000
 
 
 @dataclass(slots=True)
@@ -159,5 +160,10 @@ def progress_to_dict(progress: Progress) -> dict[str, Any]:
 
 def warning_headers(warnings: tuple[str, ...]) -> dict[str, str]:
     """Warnings for answers that are no JSON object: a JSON list in ASCII, short enough for a header."""
-    written = json.dumps(list(warnings)[:10])
-    return {"X-Warnings": written[:4000]} if warnings else {}
+    kept: list[str] = []
+    for warning in warnings:
+        if len(json.dumps([*kept, warning])) > _WARNINGS_BYTES:
+            kept.append("There are further warnings, too long for a header: /transcribe tells them.")
+            break
+        kept.append(warning)
+    return {"X-Warnings": json.dumps(kept)} if kept else {}

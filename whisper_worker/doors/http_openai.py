@@ -87,8 +87,11 @@ def read_order(body: Body, door: Door, task: Task) -> SpeechOrder:
     if fields.pop("known_speaker_references", None) is not None:
         said.append("known_speaker_references was ignored: speakers are told apart by channel.")
     _chunking(fields.pop("chunking_strategy", None), fields, said)
-    if (keywords := _list(fields.pop("keywords", None))) and fields.get("hotwords") is None:
-        fields["hotwords"] = ", ".join(str(word) for word in keywords)
+    if keywords := _list(fields.pop("keywords", None)):
+        if fields.get("hotwords"):
+            said.append("keywords was ignored: hotwords, which is the same, was given too.")
+        else:
+            fields["hotwords"] = ", ".join(str(word) for word in keywords)
     if fields.pop("formats", None):
         said.append("formats was ignored: response_format says how the answer looks.")
     if fields.setdefault("task", task) != task:
@@ -96,12 +99,15 @@ def read_order(body: Body, door: Door, task: Task) -> SpeechOrder:
     if "word" in granularities:
         fields["word_timestamps"] = True
     job = read_job(replace(body, fields=fields), door)
+    words = job.options.word_timestamps
+    if words and response_format in ("json", "text"):
+        said.append("word_timestamps was ignored: verbose_json has the words' times, this answer the text alone.")
     if said and strict(fields, door.settings):
         raise InvalidInput(" ".join(said) + " Correct or remove it, or send strict=false.")
     return SpeechOrder(
         job=replace(job, warnings=(*job.warnings, *said)),
         response_format=response_format,
-        words="word" in granularities,
+        words=words,
         segments="segment" in granularities or not granularities,
         stream=stream,
         speakers=speakers,

@@ -19,7 +19,7 @@ from whisper_worker import formats
 from whisper_worker.audio.jobdir import job_directory
 from whisper_worker.doors import http_openai as openai
 from whisper_worker.doors.http_body import Body, read_body
-from whisper_worker.doors.http_common import Door, answer, progress_to_dict, read_job, warning_headers
+from whisper_worker.doors.http_common import Door, answer, progress_to_dict, read_job, strict, warning_headers
 from whisper_worker.doors.http_desk import KEEP_ALIVE, Emit, EventStream, begun, sse
 from whisper_worker.doors.http_docs import (
     SSE_RESPONSE,
@@ -297,8 +297,7 @@ def _add_asr(routes: APIRouter, door: Door) -> None:
             raise InvalidInput(f"The field output must be one of {', '.join(FORMATS)}.")
         async with _Visit(door, request) as visit:
             body = await _asr_body(visit, encode=encode)
-            for name in ("encode", "output", "vad_filter", "diarize", "min_speakers", "max_speakers"):
-                body.fields.pop(name, None)
+            _drop_read(body, request, "encode", "output", "vad_filter", "diarize", "min_speakers", "max_speakers")
             if vad_filter is not None:
                 body.fields["vad"] = vad_filter
             job = await asyncio.to_thread(read_job, body, door)
@@ -308,6 +307,8 @@ def _add_asr(routes: APIRouter, door: Door) -> None:
                 for name, value in without_effect
                 if value
             )
+            if said and strict(body.fields, door.settings):
+                raise InvalidInput(" ".join(said) + " Remove it, or send strict=false.")
             job = replace(job, warnings=(*job.warnings, *said))
             transcript = await door.desk.run(request, lambda cancel: door.transcribe(job, cancel))
             return PlainTextResponse(
@@ -336,7 +337,7 @@ def _add_asr(routes: APIRouter, door: Door) -> None:
 
         async with _Visit(door, request) as visit:
             body = await _asr_body(visit, encode=encode)
-            body.fields.pop("encode", None)
+            _drop_read(body, request, "encode")
             job = await asyncio.to_thread(read_job, body, door)
             code, probability = await door.desk.run(
                 request,
@@ -348,8 +349,16 @@ def _add_asr(routes: APIRouter, door: Door) -> None:
                     "detected_language": LANGUAGES.get(code or "", "undetermined"),
                     "language_code": code or "und",
                     "confidence": probability or 0.0,
-                }
+                },
+                headers=warning_headers(job.warnings),
             )
+
+
+def _drop_read(body: Body, request: Request, *names: str) -> None:
+    """Take out what the route has read from the address. In a form it counts as any other field."""
+    for name in names:
+        if name in request.query_params:
+            body.fields.pop(name, None)
 
 
 async def _asr_body(visit: _Visit, *, encode: bool) -> Body:
