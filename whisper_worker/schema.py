@@ -227,6 +227,8 @@ def _rename(payload: Mapping[str, object]) -> dict[str, object]:
     values: dict[str, object] = {}
     for key, value in payload.items():
         name = ALIASES.get(key, key)
+        if name in SOURCE_KEYS and value == "":  # what a client sends that fills in one of its two fields
+            value = None
         if value is not None and values.get(name) is not None:
             raise InvalidInput(f"The field {name} is given twice, under two of its names.")
         if value is not None or name not in values:

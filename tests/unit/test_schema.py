@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from whisper_worker.doors.http_docs import OPTIONS as DESCRIBED
 from whisper_worker.errors import InvalidInput
 from whisper_worker.schema import job_input_from_dict, segment_to_dict, transcript_from_dict, transcript_to_dict
 from whisper_worker.settings import Settings
@@ -59,6 +60,17 @@ def test_forms_send_strings() -> None:
 @pytest.mark.parametrize("seed", [2**63 - 1, 2**53 + 1, "9007199254740993", 7.0, "7"])
 def test_a_seed_is_taken_to_the_last_digit(seed: int | float | str) -> None:
     assert parse(seed=seed, temperature=1.0).seed == int(seed)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in DESCRIBED.items() if "maximum" in spec])
+def test_the_description_names_the_limits_that_hold(name: str) -> None:
+    """The largest seed was described as a thousandth of what is taken."""
+    low, high = DESCRIBED[name]["minimum"], DESCRIBED[name]["maximum"]
+    parse(**{name: low})
+    parse(**{name: high})
+    for beyond in (low - 1, high + 1):
+        with pytest.raises(InvalidInput, match=name):
+            parse(**{name: beyond})
 
 
 def test_temperature_ladders_and_token_lists() -> None:
@@ -140,6 +152,12 @@ def test_headers_that_are_sent_to_nobody_are_named_or_refused(source: dict[str, 
     with pytest.raises(InvalidInput, match="headers"):
         job_input_from_dict(payload, Settings(strict=True))
     assert not job_input_from_dict({**URL, "headers": {"X-Key": "k"}}, Settings(strict=True)).warnings
+
+
+def test_an_empty_address_counts_as_absent() -> None:
+    """Beside another spelling of the same field it was called a second address."""
+    job = job_input_from_dict({"audio": "", **URL, "audio_base64": ""}, Settings(strict=True))
+    assert job.source.url == URL["audio_url"] and job.warnings == ()
 
 
 def test_no_request_can_name_a_local_file() -> None:

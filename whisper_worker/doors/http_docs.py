@@ -79,7 +79,7 @@ OPTIONS: dict[str, Schema] = {
     "multilingual": _flag("Detect the language again in every window."),
     "prefix": _text("Text that the first window begins with."),
     "without_timestamps": _flag("Decode without times inside a window."),
-    "seed": _integer("Of sampling at temperatures above 0.", 0, 2**53),
+    "seed": _integer("Of sampling at temperatures above 0.", 0, 2**63 - 1),
     "strict": _flag("Refuse the request where a field would be ignored, rather than warn."),
 }
 """Every option of the common request."""
