@@ -43,6 +43,7 @@ class Vitals:
     connections: int = 0
     turned_away: int = 0
     errors: int = 0
+    recordings_failed: int = 0
     segments: int = 0
     decodes: int = 0
     audio_seconds: float = 0.0
@@ -171,6 +172,7 @@ def _metrics(vitals: Vitals) -> str:
         ("connections_total", "counter", "Clients that got a seat.", vitals.connections),
         ("turned_away_total", "counter", "Clients that were told to wait.", vitals.turned_away),
         ("errors_total", "counter", "Sessions that ended with an error.", vitals.errors),
+        ("recordings_failed_total", "counter", "Recordings that broke off.", vitals.recordings_failed),
         ("segments_total", "counter", "Completed segments.", vitals.segments),
         ("decodes_total", "counter", "Decodes in sessions that ended.", vitals.decodes),
         ("audio_seconds_total", "counter", "Sound received in sessions that ended.", vitals.audio_seconds),
