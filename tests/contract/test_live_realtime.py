@@ -156,6 +156,9 @@ async def test_a_wrong_event_is_answered_and_changes_nothing(
             "nonsense",
             json.dumps({"type": "response.create", "event_id": "mine"}),
             json.dumps({"type": "input_audio_buffer.append", "audio": "!"}),
+            # Letters beyond ASCII, and half a character, ended the session as a defect.
+            json.dumps({"type": "input_audio_buffer.append", "audio": "é"}),
+            json.dumps({"type": "session.update", "session": session(transcription={"prompt": "\ud800"})}),
             json.dumps({"type": "input_audio_buffer.commit"}),
             json.dumps({"type": "session.update", "session": {"type": "realtime"}}),
             json.dumps({"type": "session.update", "session": session(format={"type": "audio/pcmu"})}),

@@ -98,11 +98,24 @@ def test_a_missing_key_is_named(name: str) -> None:
         {"initial_prompt": {"a": 1}},
         {"initial_prompt": "x" * 4001},
         {"hotwords": ["x" * 2000, "y" * 2000]},
+        {"model": 5},
+        {"model": ["base"]},
+        # The tokenizer failed on it, and the client was told to connect again.
+        {"initial_prompt": "half \ud800"},
+        {"hotwords": ["half \udfff"]},
     ],
 )
 def test_a_wrong_value_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput):
         read_config(message(**changes), "base")
+
+
+def test_a_name_that_nobody_knows_is_told() -> None:
+    """It was swallowed."""
+    (warning,) = read_config(message(beam_sise=5, max_clients=4, target_language="fr"), "base").warnings
+    assert warning.endswith(": beam_sise.")
+    (warning,) = read_config(message(**{f"{number:01000}": 0 for number in range(50)}), "base").warnings
+    assert len(warning) < 2000
 
 
 def test_whom_an_answer_is_for() -> None:
@@ -126,6 +139,8 @@ def test_formats_of_samples() -> None:
         32767,
         0,
     ]
+    # Which overflowed, with a warning between the log's lines.
+    assert samples(np.array([3e38, -3e38, np.inf], dtype="<f4").tobytes(), "float32").tolist() == [32767, -32768, 0]
     assert samples(np.array([1, -2], dtype="<i2").tobytes(), "int16").tolist() == [1, -2]
     assert samples(bytes([0, 128, 255]), "uint8").tolist() == [-32768, 0, 32512]
     for audio_format, n_bytes in (("float32", 7), ("int16", 3)):
@@ -255,12 +270,19 @@ def test_updates_lie_over_one_another() -> None:
         {"audio": {"input": {"turn_detection": {"type": "server_vad", "threshold": 7}}}},
         {"audio": {"input": {"transcription": {"language": "klingon"}}}},
         {"audio": {"input": {"transcription": {"prompt": "x" * 4001}}}},
+        {"audio": {"input": {"transcription": {"prompt": "half \ud800"}}}},
         {"include": ["item.input_audio_transcription.logprobs"]},
     ],
 )
 def test_what_is_not_offered_is_refused(given: object) -> None:
     with pytest.raises(InvalidInput):
         read_session(given, RealtimeConfig())
+
+
+def test_a_long_event_id_is_not_told_back() -> None:
+    """Those that wait to be sent held all of a message each."""
+    assert Conversation.failure(InvalidInput("no"), "mine")["error"]["event_id"] == "mine"
+    assert len(str(Conversation.failure(InvalidInput("no"), "x" * 100_000))) < 1000
 
 
 async def test_who_takes_no_answers_is_not_listened_to() -> None:

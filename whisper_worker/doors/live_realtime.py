@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import json
 import uuid
 from collections import deque
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from whisper_worker.audio.resample import Resampler
-from whisper_worker.doors.live_whisperlive import MAX_TEXT, SEND_SECONDS
+from whisper_worker.doors.live_whisperlive import SEND_SECONDS, text_of
 from whisper_worker.errors import InvalidInput, WhisperWorkerError
 from whisper_worker.languages import language_code
 from whisper_worker.types import Segment, TranscribeOptions
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 _RATES = (16_000, 24_000)
 _ERROR_TYPES = {"INVALID_INPUT": "invalid_request_error", "FORBIDDEN": "invalid_request_error"}
 _LEAST_COMMIT_SECONDS = 0.1
+_MAX_EVENT_ID = 512
+"""Characters, as OpenAI's. A longer one is not told back with its error: many of those may wait to be sent."""
 _MOST_OUTGOING = 64
 """Events that wait to be sent; then no more are taken in, until the client has read some."""
 
@@ -110,7 +111,7 @@ class Conversation:
 
         try:
             data = base64.b64decode(audio, validate=True) if isinstance(audio, str) else b""
-        except binascii.Error:
+        except ValueError:
             data = b""
         if not data or len(data) % 2:
             raise InvalidInput("audio must be base64 of whole 16-bit samples, little-endian, mono.")
@@ -251,7 +252,7 @@ class Conversation:
             "code": error.code.lower(),
             "message": error.message,
             "param": None,
-            "event_id": event_id if isinstance(event_id, str) else None,
+            "event_id": event_id if isinstance(event_id, str) and len(event_id) <= _MAX_EVENT_ID else None,
         }
         return {"type": "error", "event_id": _event_id(), "error": told}
 
@@ -285,10 +286,10 @@ def read_session(given: object, before: RealtimeConfig) -> RealtimeConfig:
     if "transcription" in sound:
         transcription = _object(sound["transcription"], "transcription")
         if "language" in transcription:
-            language = _text(transcription["language"], "language")
+            language = text_of(transcription["language"], "language")
             options = replace(options, language=language_code(language) if language else None)
         if "prompt" in transcription:
-            options = replace(options, initial_prompt=_text(transcription["prompt"], "prompt") or None)
+            options = replace(options, initial_prompt=text_of(transcription["prompt"], "prompt") or None)
     if "turn_detection" in sound:
         detection = sound["turn_detection"]
         config = replace(config, server_vad=detection is not None)
@@ -328,14 +329,6 @@ def _object(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidInput(f"{name} must be an object.")
     return value
-
-
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str | None):
-        raise InvalidInput(f"{name} must be text.")
-    if value and len(value) > MAX_TEXT:
-        raise InvalidInput(f"{name} must be at most {MAX_TEXT} characters long.")
-    return value or ""
 
 
 def _number(data: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:

@@ -43,6 +43,25 @@ _MAX_SEGMENTS = 100
 _NOT_OFFERED = {"enable_translation": False, "enable_diarization": False}
 _WITHOUT_EFFECT: Mapping[str, object] = {"clip_audio": False, "same_output_threshold": 10}
 """What tunes the original's way of finding the end of a segment, with its defaults."""
+_KNOWN = {
+    *(
+        "uid",
+        "language",
+        "task",
+        "model",
+        "use_vad",
+        "vad_parameters",
+        "no_speech_thresh",
+        "initial_prompt",
+        "hotwords",
+    ),
+    *("audio_format", "send_last_n_segments", "word_timestamps", *_NOT_OFFERED, *_WITHOUT_EFFECT),
+    # Details of what is not offered, and of the server, which clients send with whatever they ask for.
+    *("target_language", "known_speakers", "max_speakers", "diarization_threshold", "hf_token"),
+    *("max_clients", "max_connection_time"),
+}
+_MAX_NAMED, _MAX_NAME = 20, 60
+"""Unknown names that are told back, and characters of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +102,9 @@ def read_config(message: str | bytes, served_model: str) -> Config:
     uid = uid_of(message)
     if uid is None:
         raise InvalidInput(f"uid must be a string of at most {_MAX_UID} characters.")
-    model = data["model"] if isinstance(data["model"], str) else ""
+    model = data["model"] or ""
+    if not isinstance(model, str):
+        raise InvalidInput("model must be a name, or null for the one that is served.")
     language = _language(data["language"])
     audio_format = data.get("audio_format") or "float32"
     if not isinstance(audio_format, str) or audio_format not in AUDIO_FORMATS:
@@ -118,6 +139,8 @@ def _warnings(data: Mapping[str, Any], model: str, served_model: str) -> tuple[s
         name for name, default in {**_NOT_OFFERED, **_WITHOUT_EFFECT}.items() if data.get(name, default) != default
     ]
     ignored += [f"vad_parameters.{name}" for name in data.get("vad_parameters") or {} if name != "threshold"]
+    ignored += [name for name in data if name not in _KNOWN]
+    ignored = [name[:_MAX_NAME] for name in ignored[:_MAX_NAMED]]
     warnings = []
     if model and _short(model) != _short(served_model):
         warnings.append(f"This server runs {served_model}; the model asked for was ignored.")
@@ -166,11 +189,19 @@ def _text(data: Mapping[str, Any], name: str) -> str | None:
     value = data.get(name)
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = " ".join(value)
+    return text_of(value, name) or None
+
+
+def text_of(value: object, name: str) -> str:
+    """A text for the model. Raises :class:`InvalidInput` where it is none, or too long."""
     if not isinstance(value, str | None):
         raise InvalidInput(f"{name} must be text.")
     if value and len(value) > MAX_TEXT:
         raise InvalidInput(f"{name} must be at most {MAX_TEXT} characters long.")
-    return value or None
+    # JSON can spell half of a surrogate pair; the tokenizer would fail on it.
+    if value and any("\ud800" <= character <= "\udfff" for character in value):
+        raise InvalidInput(f"{name} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character.")
+    return value or ""
 
 
 def samples(frame: bytes, audio_format: str) -> npt.NDArray[np.int16]:
@@ -184,7 +215,8 @@ def samples(frame: bytes, audio_format: str) -> npt.NDArray[np.int16]:
     if audio_format == "uint8":
         return ((np.frombuffer(frame, dtype=np.uint8).astype(np.int16) - 128) * 256).astype(np.int16)
     sound = np.nan_to_num(np.frombuffer(frame, dtype="<f4").astype(np.float32), posinf=0.0, neginf=0.0)
-    scaled: npt.NDArray[np.int16] = np.clip(np.round(sound * 32768), -32768, 32767).astype(np.int16)
+    # Clipped before as well: the largest numbers would overflow.
+    scaled: npt.NDArray[np.int16] = np.clip(np.round(np.clip(sound, -1, 1) * 32768), -32768, 32767).astype(np.int16)
     return scaled
 
 
