@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from whisper_worker.errors import WhisperWorkerError
 from whisper_worker.log import get_logger
-from whisper_worker.types import CancelToken, TranscribeOptions
+from whisper_worker.types import SAMPLE_RATE, CancelToken, TranscribeOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,8 @@ _log = get_logger("live")
 
 _ATTEMPTS = 3
 _RETRY_SECONDS = 0.2
+_STEP_SAMPLES = 4 * SAMPLE_RATE
+"""Taken in at a stretch; then it is the others' turn."""
 _DOUBT_THRESHOLD = 0.15
 """Detection threshold of clients who ask for no voice detection: only what is surely silent is left out."""
 
@@ -66,8 +68,13 @@ class Stream:
 
     async def feed(self, samples: npt.NDArray[np.int16]) -> None:
         """Hand in sound; returns once there was room for all of it."""
-        while len(samples):
-            room = self.session.room
+        while True:
+            # Silence makes its own room, and a socket that holds more does not wait: whoever sends without
+            # pause would have the event loop to itself.
+            await asyncio.sleep(0)
+            if not len(samples):
+                return
+            room = min(self.session.room, _STEP_SAMPLES)
             if room:
                 self.session.feed(samples[:room])
                 samples = samples[room:]
