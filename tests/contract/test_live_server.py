@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import difflib
 import json
+import logging
+import resource
 import socket
 import struct
 import time
 import wave
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.contract.live_kit import JFK, RunningServer, config, folded, sound
 from tests.models import model_cache
+from whisper_worker import log
 from whisper_worker.doors import live
 from whisper_worker.doors.live import CLOSE_CODES
 from whisper_worker.doors.live_session import Stream
@@ -30,6 +34,7 @@ from whisper_worker.doors.live_whisperlive import Outbox
 from whisper_worker.errors import ERROR_CODES, WhisperWorkerError
 from whisper_worker.service import Service
 from whisper_worker.settings import Settings
+from whisper_worker.types import TranscribeOptions
 
 Message = dict[str, Any]
 
@@ -394,6 +399,71 @@ async def test_four_clients_keep_up(server: RunningServer, jfk: npt.NDArray[np.i
     assert max(lags) < 20
 
 
+async def test_nobody_has_the_event_loop_to_himself(service: Service) -> None:
+    """Silence that came without pause, and frames of nothing, were taken in while all others waited."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    with ThreadPoolExecutor(1) as threads:
+        stream = Stream(service.pipeline(), TranscribeOptions(), threads, lambda: None)
+        waiting = asyncio.create_task(others())
+        await stream.feed(np.zeros(16000 * 240, dtype=np.int16))
+        assert turns >= 60
+        for _ in range(100):
+            await stream.feed(np.zeros(0, dtype=np.int16))
+        assert turns >= 160
+        waiting.cancel()
+        stream.close()
+
+
+async def raw_request(server: RunningServer, target: str) -> bytes:
+    """The first line of the answer to a handshake for this target."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    lines = ("Host: x", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13")
+    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+    writer.write("\r\n".join((f"GET {target} HTTP/1.1", *lines, key, "", "")).encode())
+    first = await asyncio.wait_for(reader.readline(), 10)
+    writer.close()
+    return first
+
+
+async def test_what_is_asked_for_need_not_be_a_url(server: RunningServer) -> None:
+    """``//[`` was a defect, before any key was looked at."""
+    assert b" 101 " in await raw_request(server, "//[")
+    for probe in ("/health", "/ready/", "/health?from=gateway"):
+        assert b" 200 " in await raw_request(server, probe)
+    await seats_free(server)
+
+
+async def test_the_librarys_troubles_are_log_lines_too(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were tracebacks with paths, between lines of JSON."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("/secret")
+
+    root = logging.getLogger(log.ROOT)
+    before = root.handlers[:], root.level, root.propagate
+    log.configure("json", "INFO")
+    try:
+        monkeypatch.setattr(live._WhisperLive, "_end", broken)
+        async with connect(address(server)) as connection:
+            await connection.send("{}")
+            await until_closed(connection)
+        await seats_free(server)
+    finally:
+        root.handlers[:], root.level, root.propagate = before
+    said = capsys.readouterr().err
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert [line["error"] for line in lines if line["level"] == "ERROR"] == ["RuntimeError"] and "/secret" not in said
+
+
 # -- keys, recordings ------------------------------------------------------------------------
 
 
@@ -452,6 +522,28 @@ async def test_what_was_said_before_a_broken_connection_is_kept(
     (kept,) = tmp_path.glob("*.wav")
     with wave.open(str(kept)) as file:
         assert file.getnframes() == len(jfk)
+
+
+async def test_a_full_disk_ends_the_recording_and_not_the_session(
+    service: Service, settings: Settings, jfk: npt.NDArray[np.int16], tmp_path: Path
+) -> None:
+    """It ended the session as a defect, left a header that promised no sound, and the log without its last line."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunningServer(service, replace(settings, live_recordings=tmp_path)) as server:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        try:
+            messages = await transcribe(server, jfk)
+            await seats_free(server)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert text_of(messages) == JFK
+    assert (server.vitals.recordings_failed, server.vitals.errors) == (1, 0)
+    (kept,) = tmp_path.glob("*.wav")
+    with wave.open(str(kept)) as file:
+        heard = np.frombuffer(file.readframes(file.getnframes()), dtype=np.int16)
+    assert len(heard) > 90_000 and np.array_equal(heard, jfk[: len(heard)])
+    (kept,) = tmp_path.glob("*.json")
+    assert folded(json.loads(kept.read_text(encoding="utf-8"))["text"]) == JFK
 
 
 # -- too slow --------------------------------------------------------------------------------

@@ -15,14 +15,18 @@ import contextlib
 import hmac
 import http
 import json
+import os
 import signal
+import socket
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
@@ -44,6 +48,9 @@ if TYPE_CHECKING:
     from websockets.typing import Subprotocol
 
 _log = get_logger("live")
+_wire_log = get_logger("live.wire")
+"""The WebSocket library's own: its tracebacks would stand between the log's lines, with paths."""
+_wire_log.setLevel("WARNING")
 
 CLOSE_CODES = {
     "INVALID_INPUT": 1003,
@@ -113,6 +120,7 @@ class LiveServer:
                 ping_timeout=_PONG_SECONDS,
                 close_timeout=_FAREWELL_SECONDS,
                 server_header=None,
+                logger=_wire_log,
             ) as server:
                 self.vitals.port = port = server.sockets[0].getsockname()[1]
                 self.vitals.ready = True
@@ -134,13 +142,14 @@ class LiveServer:
 
         Probes are answered here as well: gateways that expose one port alone can ask no other.
         """
-        if request.path in _PROBES and (page := self._pages.get(request.path)) is not None:
+        path, query = _target(request)
+        if path in _PROBES and (page := self._pages.get(path)) is not None:
             status, kind, body = page
             response = connection.respond(http.HTTPStatus(status), body)
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = kind
             return response
-        if not self._has_key(request):
+        if not self._has_key(request, query):
             response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "This service wants a key.\n")
             response.headers["WWW-Authenticate"] = "Bearer"
             return response
@@ -149,10 +158,10 @@ class LiveServer:
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "No room; come again later.\n")
         return None
 
-    def _has_key(self, request: Request) -> bool:
+    def _has_key(self, request: Request, query: str) -> bool:
         if not self.settings.api_keys:
             return True
-        shown = [value.strip() for value in parse_qs(urlsplit(request.path).query).get("token", [])]
+        shown = [value.strip() for value in parse_qs(query).get("token", [])]
         scheme, _, credential = (request.headers.get("Authorization") or "").partition(" ")
         if scheme.lower() == "bearer":
             shown.append(credential.strip())
@@ -164,7 +173,8 @@ class LiveServer:
         return any(hmac.compare_digest(key.encode(), one.encode()) for key in self.settings.api_keys for one in shown)
 
     async def _serve(self, connection: ServerConnection) -> None:
-        path = urlsplit(connection.request.path if connection.request else "").path.rstrip("/")
+        assert connection.request is not None
+        path, _ = _target(connection.request)
         with job_context(uuid.uuid4().hex[:12]):
             if len(self._seats) >= self.settings.max_clients:
                 self._standing += 1
@@ -244,6 +254,8 @@ class _Client:
             try:
                 self.recording = Recording(server.settings.live_recordings)
             except OSError as error:
+                _log.error("WHISPER_LIVE_RECORDINGS cannot be written to", extra={"fields": {"reason": error.strerror}})
+                server.vitals.recordings_failed += 1
                 raise InternalError("The server cannot keep recordings; tell its operator.") from error
         _log.info("Session started", extra={"fields": {"language": options.language or "auto", "task": options.task}})
         return self.stream
@@ -328,6 +340,7 @@ class _Client:
             }
         if self.recording is not None:
             self.recording.close(language)
+            self.server.vitals.recordings_failed += self.recording.failed
         _log.info("Session finished", extra={"fields": facts})
 
 
@@ -408,6 +421,12 @@ class _Realtime(_Client):
         await self.connection.send(json.dumps(Conversation.failure(error)))
 
 
+def _target(request: Request) -> tuple[str, str]:
+    """Path, without a slash at its end, and query. Not by ``urlsplit``: what a stranger sends need not be a URL."""
+    path, _, query = request.path.partition("?")
+    return path.rstrip("/"), query
+
+
 def _raise_first(done: set[asyncio.Task[Any]], but_for: type[Exception] | None = None) -> None:
     for task in done:
         error = None if task.cancelled() else task.exception()
@@ -442,8 +461,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="whisper-worker live", description="Live transcription over WebSocket (settings: environment variables)"
     )
     parser.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")
-    parser.add_argument("--port", type=int, help="port instead of WHISPERLIVE_PORT")
-    parser.add_argument("--health-port", type=int, help="port instead of HEALTH_CHECK_PORT")
+    parser.add_argument("--port", type=_port, help="port instead of WHISPERLIVE_PORT")
+    parser.add_argument("--health-port", type=_port, help="port instead of HEALTH_CHECK_PORT")
     given = parser.parse_args(arguments)
     try:
         settings = Settings.from_env()
@@ -459,15 +478,25 @@ def main(arguments: list[str] | None = None) -> int:
         _log.error("%s", error.message, extra={"fields": {"code": error.code}})
         return 1
     except OSError as error:
-        _log.error("Cannot listen; is the port taken?", extra={"fields": {"errno": error.errno}})
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        fields = {"reason": reason, "port": port, "health_port": health_port}
+        _log.error("Cannot listen; is one of the ports taken, or the host wrong?", extra={"fields": fields})
         return 1
     return 0
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
+    return int(text)
 
 
 async def _run(settings: Settings, host: str, port: int, health_port: int) -> None:
     environment = {"WHISPER_MODEL": settings.model or "", "WHISPER_COMPUTE_TYPE": settings.compute_type}
     vitals = Vitals(port, settings.max_clients, environment)
     _log.info("Starting", extra={"fields": {"model": settings.model or "cached", **_cuda()}})
+    if settings.live_recordings is not None:
+        _try_recording(settings.live_recordings)
     health = HealthServer(host, health_port, vitals)
     _log.info("Health checks are answered", extra={"fields": {"port": health.port}})
     service = Service(settings)
@@ -482,6 +511,17 @@ async def _run(settings: Settings, host: str, port: int, health_port: int) -> No
     finally:
         service.close()
         health.close()
+
+
+def _try_recording(directory: Path) -> None:
+    """Raises :class:`InvalidInput` where it cannot be written to: every client would be refused, at a ready service."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise InvalidInput(
+            f"WHISPER_LIVE_RECORDINGS is no directory that can be written to ({error.strerror}); name another, or none."
+        ) from error
 
 
 def _cuda() -> dict[str, object]:
