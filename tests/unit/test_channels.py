@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import wave
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from whisper_worker.audio.channels import alike, decode_channels
+from whisper_worker.audio.ffmpeg_child import ffmpeg_binary
 from whisper_worker.settings import Settings
 from whisper_worker.types import CancelToken
 
@@ -44,6 +46,20 @@ def test_one_scene_heard_twice_is_one_channel(tmp_path: Path, second: float) -> 
     right = (left * second + noise(2) * 0.1).astype(np.int16)
     (mix,) = decode_channels(stereo(tmp_path / "a.wav", left, right), Settings(), tmp_path, CancelToken())
     assert "the channels hold the same sound" in mix.warnings[-1]
+
+
+def test_a_silent_channel_is_not_replaced_by_another_track(tmp_path: Path) -> None:
+    """It was: one speaker's words came from a track that the other channels are no part of."""
+    left, right = np.zeros(16_000, np.int16), noise(1)
+    tracks = (stereo(tmp_path / "a.wav", left, right), stereo(tmp_path / "b.wav", noise(2, 2.5)))
+    path = tmp_path / "tracks.mka"
+    inputs = [word for track in tracks for word in ("-i", str(track))]
+    command = [ffmpeg_binary(), "-v", "error", "-nostdin", *inputs, "-map", "0", "-map", "1", "-c", "copy", str(path)]
+    subprocess.run(command, check=True, timeout=60)
+    one, other = decode_channels(path, Settings(), tmp_path, CancelToken())
+    assert not one.waveform.any()
+    assert one.warnings == (), "the header's length is that of the longest track"
+    assert np.abs(other.waveform.astype(int) - right).max() <= 1
 
 
 def test_a_single_channel_says_so(tmp_path: Path) -> None:

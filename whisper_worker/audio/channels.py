@@ -31,7 +31,9 @@ def decode_channels(path: Path, settings: Settings, directory: Path, cancel: Can
     if mix.n_channels > MAX_CHANNELS:
         return (_warned(mix, f"the recording has more than {MAX_CHANNELS}"),)
     channels = [
-        decode(path, settings, directory=directory, cancel=cancel, channel=index) for index in range(mix.n_channels)
+        # Of the mix's track: in a silent channel's place another track would be taken.
+        decode(path, settings, directory=directory, cancel=cancel, channel=index, stream=mix.stream)
+        for index in range(mix.n_channels)
     ]
     if any(alike(one.waveform, other.waveform) for one, other in combinations(channels, 2)):
         return (_warned(mix, "the channels hold the same sound"),)

@@ -86,6 +86,8 @@ class DecodedAudio:
     """Channels of the stream that was decoded."""
     codec: str
     warnings: tuple[str, ...] = ()
+    stream: int | None = None
+    """Index of the stream that was decoded, where the file has several of sound."""
 
 
 def decode(
@@ -95,8 +97,10 @@ def decode(
     directory: Path | None = None,
     cancel: CancelToken | None = None,
     channel: int | None = None,
+    stream: int | None = None,
 ) -> DecodedAudio:
-    """Decode the file at ``path``; ``channel`` takes one channel (from 0) in place of the mix of all.
+    """Decode the file at ``path``; ``channel`` takes one channel (from 0) in place of the mix of all, ``stream`` the
+    stream of that index in place of the first one with sound.
 
     The content decides what the file is; its extension is asked only when the bytes say nothing.
     Time 0 is where the recording starts, also where the sound starts later. ``directory`` is
@@ -115,12 +119,12 @@ def decode(
             deadline = started + settings.decode_timeout
             job = _Job(file.fileno(), n_bytes, head, settings, directory, deadline, cancel, channel)
             # A recorder that died wrote its last header some time before: the samples behind it count as well.
-            taken = job.decode_stream(options={"ignore_length": 1} if job.riff_surplus > 0.1 * n_bytes else {})
+            taken = job.decode_stream(stream, {"ignore_length": 1} if job.riff_surplus > 0.1 * n_bytes else {})
             if not taken.report.opened and path.suffix.lower() in _RAW_FORMATS:
                 taken = job.decode_stream(options=_RAW_FORMATS[path.suffix.lower()])
             elif not taken.report.opened and n_bytes <= _FEW_FRAMES_BYTES:
                 taken = _few_frames(job) or taken
-            audio = _finish(_stream_with_sound(job, taken), job)
+            audio = _finish(taken if stream is not None else _stream_with_sound(job, taken), job)
     seconds = round(time.monotonic() - started, 3)
     fields = {"codec": audio.codec, "channels": audio.n_channels, "audio_seconds": audio.duration, "seconds": seconds}
     _log.info("Audio conversion completed", extra={"fields": fields})
@@ -374,7 +378,8 @@ def _finish(taken: _Stream, job: _Job) -> DecodedAudio:
     if any(position for position, _ in silences):
         warnings.append(f"audio: {missing:.1f} s are missing in the file; they are kept as silence.")
     codec = report.codecs.get(report.chosen if report.chosen is not None else -1, "unknown")
-    return DecodedAudio(waveform, len(waveform) / SAMPLE_RATE, taken.n_channels, codec, tuple(warnings))
+    stream = report.chosen if len(ordered) > 1 else None
+    return DecodedAudio(waveform, len(waveform) / SAMPLE_RATE, taken.n_channels, codec, tuple(warnings), stream)
 
 
 def _damage(taken: _Stream, job: _Job, got: float) -> list[str]:
@@ -383,7 +388,8 @@ def _damage(taken: _Stream, job: _Job, got: float) -> list[str]:
     if report.n_errors or taken.exit_status:
         found.append("audio: parts of the file are damaged or cut off; what could be read was transcribed.")
     promised = report.declared_seconds
-    short = promised is not None and not report.has_video and got < promised - max(0.5, 0.01 * promised, report.start)
+    alone = not report.has_video and len(report.codecs) == 1  # else another stream may be as long as that
+    short = promised is not None and alone and got < promised - max(0.5, 0.01 * promised, report.start)
     if short and promised is not None:
         found.append(f"audio: the file's header promises {promised:.1f} s, but it holds {got:.1f} s.")
     elif job.riff_surplus < 0:
