@@ -12,11 +12,13 @@ not followed.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import http.client
 import json
 import socket
+import ssl
 import threading
 import time
 from contextlib import closing, suppress
@@ -139,25 +141,25 @@ class Sender:
         body = json.dumps(view, ensure_ascii=False).encode()
         timestamp = str(int(time.time()))
         parsed = parse_http_url(url)
+        headers = {
+            "Host": parsed.host_header,
+            "Content-Type": "application/json",
+            "User-Agent": "whisper-worker",
+            "Connection": "close",
+            "X-Whisper-Job": job_id,
+            "X-Whisper-Timestamp": timestamp,
+            "X-Whisper-Signature": signature(self._settings.callback_secret or "", timestamp, body),
+        }
+        if parsed.credentials is not None:
+            headers["Authorization"] = "Basic " + base64.b64encode(parsed.credentials.encode()).decode()
         with closing(_connect(parsed, self._settings)) as connection:
             # Each step has its own time limit, and a server that trickles never reaches it.
             watch = threading.Timer(_TIMEOUT, _hang_up, [connection])
             watch.start()
             try:
-                connection.request(
-                    "POST",
-                    parsed.target,
-                    body,
-                    {
-                        "Host": parsed.host_header,
-                        "Content-Type": "application/json",
-                        "User-Agent": "whisper-worker",
-                        "Connection": "close",
-                        "X-Whisper-Job": job_id,
-                        "X-Whisper-Timestamp": timestamp,
-                        "X-Whisper-Signature": signature(self._settings.callback_secret or "", timestamp, body),
-                    },
-                )
+                if isinstance(connection.sock, ssl.SSLSocket):
+                    connection.sock.do_handshake()
+                connection.request("POST", parsed.target, body, headers)
                 with closing(connection.getresponse()) as response:
                     return response.status
             finally:
@@ -169,14 +171,19 @@ def _guard(settings: Settings) -> AddressGuard:
 
 
 def _connect(url: HttpUrl, settings: Settings) -> http.client.HTTPConnection:
-    """A connection to an address that was checked: a name may lead elsewhere than when the job came in."""
+    """A connection to an address that was checked: a name may lead elsewhere than when the job came in.
+
+    TLS is yet to be agreed on.
+    """
     failure: OSError | None = None
     for address in _guard(settings).addresses(url.host, url.port):
         connection = http.client.HTTPConnection(url.host, url.port)
         try:
             connection.sock = socket.create_connection((str(address), url.port), _TIMEOUT)
             if url.scheme == "https":
-                connection.sock = tls_context().wrap_socket(connection.sock, server_hostname=url.host)
+                connection.sock = tls_context().wrap_socket(
+                    connection.sock, server_hostname=url.host, do_handshake_on_connect=False
+                )
             return connection
         except OSError as error:
             connection.close()
