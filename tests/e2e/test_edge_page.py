@@ -269,6 +269,68 @@ def test_stop_discards_nothing(page: Page) -> None:
     assert page.evaluate("window.streams.length") == 2 and page.evaluate(live) == 0
 
 
+def test_a_wrong_key_is_told(browser: Browser, tmp_path: Path) -> None:
+    """The page tried again for ever, with a lost connection for a reason: browsers hide why one is refused."""
+    with (
+        running(LiveService(tmp_path, WHISPER_API_KEYS="sesame")) as service,
+        running(Caddy(tmp_path, service.url, service.health_url)) as edge,
+    ):
+        context = browser.new_context(base_url=edge.url, ignore_https_errors=True)
+        page = context.new_page()
+        page.goto("/")
+        page.get_by_label("Key").fill("open")
+        page.get_by_role("button", name="Start recording").click()
+        expect(page.locator("#service")).to_contain_text("is the key right?", timeout=15_000)
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_role("button", name="Give up").click()
+        page.get_by_label("Key").fill("sesame")
+        record(page)
+        expect(page.locator("#service")).to_have_text("The service is ready.")
+        context.close()
+
+
+SCRIPTED = """async (steps) => {
+  const { Dictation } = await import("./live.js");
+  const Real = WebSocket;
+  const sockets = [];
+  window.WebSocket = class {
+    bufferedAmount = 0;
+    constructor() { sockets.push(this); }
+    send() {}
+    close() {}
+  };
+  const lines = [];
+  const one = new Dictation("ws://nowhere", {}, [], { onLine: ({ text }) => lines.push(text) });
+  const hear = (message) => sockets.at(-1).onmessage({ data: JSON.stringify(message) });
+  one.start();
+  for (const [step, given] of steps) {
+    if (step === "open") { sockets.at(-1).onopen(); hear({ message: "SERVER_READY" }); }
+    else if (step === "close") sockets.at(-1).onclose({ code: given });
+    else if (step === "again") one.retryNow();
+    else if (step === "abandon") one.abandon();
+    else hear({ segments: [{ start: "0.1", end: "0.9", text: given, completed: true }] });
+  }
+  one.abandon();
+  window.WebSocket = Real;
+  return lines;
+}"""
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [("open", 0), ("hear", " Said."), ("abandon", 0)],
+        [("open", 0), ("hear", " Said."), ("close", 1003)],
+        [("open", 0), ("hear", " Said."), ("close", 1006), ("abandon", 0)],
+        [("open", 0), ("hear", " Said."), ("close", 1006), ("again", 0), ("close", 1006), ("abandon", 0)],
+        [("open", 0), ("hear", " Sai"), ("close", 1006), ("again", 0), ("open", 0), ("hear", " Said.")],
+    ],
+)
+def test_a_finished_line_outlives_the_end(page: Page, steps: list[tuple[str, object]]) -> None:
+    """One that had come less than a second before went with whoever gave up, or was refused."""
+    assert [line.strip() for line in page.evaluate(SCRIPTED, steps)] == ["Said."]
+
+
 def test_the_test_page(page: Page, live: LiveService) -> None:
     page.get_by_role("link", name="Test page").click()
     page.get_by_role("button", name="Send the test recording").click()

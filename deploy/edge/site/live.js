@@ -50,6 +50,8 @@ export class Dictation {
   #ending = false;
   #over = false;
   #notes = new Set();
+  #refused = 0;
+  #unsure = null;
   #lost = 0;
 
   /**
@@ -100,6 +102,11 @@ export class Dictation {
     this.#end("done", "");
   }
 
+  /** Connections in a row that were refused before they were open. The browser does not tell why. */
+  get refused() {
+    return this.#refused;
+  }
+
   /** Do not wait any longer before trying again. */
   retryNow() {
     if (!this.#over && !this.#connection) this.#connect();
@@ -120,6 +127,7 @@ export class Dictation {
       offset: (this.#frames[0]?.at ?? this.#captured) / SAMPLE_RATE,
       seam: standing ? { at: standing.end, words: this.#lines.flatMap((line) => line.words).slice(-SEAM_WORDS) } : null,
       begun: performance.now(),
+      opened: false,
       ready: false,
       next: this.#frames[0]?.at ?? this.#captured,
       ended: false,
@@ -138,13 +146,18 @@ export class Dictation {
     this.#connection = connection;
     // Whatever an abandoned socket still has to say is not listened to.
     const mine = (handle) => (event) => this.#connection === connection && handle(event);
-    socket.onopen = mine(() => socket.send(JSON.stringify({ ...this.config, uid: connection.uid })));
+    socket.onopen = mine(() => {
+      connection.opened = true;
+      this.#refused = 0;
+      socket.send(JSON.stringify({ ...this.config, uid: connection.uid }));
+    });
     socket.onmessage = mine(({ data }) => this.#hear(connection, data));
     socket.onclose = mine((event) => this.#closed(connection, event.code));
     if (!this.#attempts) this.#say("connecting");
   }
 
   #closed(connection, code) {
+    if (!connection.opened) this.#refused++;
     if (connection.ended && code === 1000 && !connection.again) {
       this.#commitHeld(connection);
       this.#end("done", "");
@@ -157,6 +170,7 @@ export class Dictation {
 
   #retry(connection) {
     this.#connection = null;
+    if (connection.held) this.#unsure = connection;
     connection.socket.close();
     const waits = connection.waitMs > 0;
     const delay = waits ? connection.waitMs : RETRY_MS[Math.min(this.#attempts, RETRY_MS.length - 1)];
@@ -169,6 +183,9 @@ export class Dictation {
   #end(state, detail) {
     if (this.#over) return;
     this.#over = true;
+    // Nothing will be said about it any more: a line that may be cut short is better than none.
+    const last = this.#connection?.held ? this.#connection : this.#unsure;
+    if (last) this.#commitHeld(last);
     clearInterval(this.ticking);
     clearTimeout(this.#timer);
     this.#connection?.socket.close();
@@ -322,6 +339,7 @@ export class Dictation {
     if (!held) return;
     const words = fresh(held.words, connection.seam);
     if (!words.length) return;
+    this.#unsure = null;
     const start = Math.max(words[0].start, this.#lines.at(-1)?.end ?? 0);
     const line = { start, end: Math.max(words.at(-1).end, start), text: textOf(words), words };
     this.#lines.push(line);

@@ -134,8 +134,8 @@ function showState(of, state, detail) {
   $("state").dataset.state = state;
   $("state").textContent = state === "live" && stage !== "recording" ? "Finishing the last words …" : STATES[state];
   const over = state === "done" || state === "failed";
-  if (state === "reconnecting" || state === "failed") askService();
-  if (detail && (over || state === "waiting")) problem(detail);
+  if (state === "reconnecting" || state === "failed" || state === "live") askService();
+  if (detail) problem(detail);
   else if (state === "live" && microphone) problem("");
   if (!over || dictation !== of) return;
   before += of.seconds;
@@ -209,7 +209,9 @@ async function askService() {
   let text;
   try {
     const { status } = await fetch("ready", { cache: "no-store" });
-    if (status === 200) text = "The service is ready.";
+    // One refusal may be that of a service which has just come back.
+    if (status === 200 && dictation?.refused > 1) text = "The service is ready, but refuses this page: is the key right?";
+    else if (status === 200) text = "The service is ready.";
     else if (status === 503) text = "The service is loading its model.";
     else text = "The edge is there; the GPU box behind it does not answer.";
   } catch {
