@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import hmac
 import http.server
 import json
 import signal
-import socket
 import sqlite3
 import stat
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
@@ -25,7 +23,6 @@ from tests.contract.http_kit import JFK, PRINTING, STEW, Process, long_speech, m
 from whisper_worker.doors import http_callback
 from whisper_worker.doors.http_jobs_store import MAX_ATTEMPTS, JobStore
 from whisper_worker.errors import InvalidInput
-from whisper_worker.settings import Settings
 
 SECRET = "only we two know"
 
@@ -203,30 +200,6 @@ def test_a_callback_is_signed_and_tried_again(
         expected = hmac.new(SECRET.encode(), signed, hashlib.sha256).hexdigest()
         assert headers["X-Whisper-Signature"] == f"sha256={expected}"
         assert headers["Authorization"] == "Basic " + base64.b64encode(b"user:p@ss").decode(), "they were left out"
-
-
-def test_a_receiver_that_trickles_does_not_hold_the_callbacks_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Agreeing on TLS had no limit in all: bytes that came one by one held the only thread that sends callbacks."""
-    monkeypatch.setattr(http_callback, "_TIMEOUT", 0.5)
-    settings = Settings(callback_secret=SECRET, allow_private_urls=True)
-
-    def trickle() -> None:
-        connection, _ = listener.accept()
-        with connection, contextlib.suppress(OSError):
-            connection.sendall(b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc")  # a record of 16 KiB begins
-            for _ in range(50):
-                time.sleep(0.1)
-                connection.sendall(b"\x00")
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=trickle)
-        thread.start()
-        sender = http_callback.Sender(cast(JobStore, None), settings)
-        begun = time.monotonic()
-        with pytest.raises(OSError):
-            sender._post(f"https://127.0.0.1:{listener.getsockname()[1]}/", "id", {})
-        assert time.monotonic() - begun < 3
-        thread.join(10)
 
 
 def test_callbacks_go_to_public_addresses_only(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ import hmac
 import http.client
 import json
 import socket
-import ssl
 import threading
 import time
 from contextlib import closing, suppress
@@ -157,8 +156,6 @@ class Sender:
             watch = threading.Timer(_TIMEOUT, _hang_up, [connection])
             watch.start()
             try:
-                if isinstance(connection.sock, ssl.SSLSocket):
-                    connection.sock.do_handshake()
                 connection.request("POST", parsed.target, body, headers)
                 with closing(connection.getresponse()) as response:
                     return response.status
@@ -171,19 +168,14 @@ def _guard(settings: Settings) -> AddressGuard:
 
 
 def _connect(url: HttpUrl, settings: Settings) -> http.client.HTTPConnection:
-    """A connection to an address that was checked: a name may lead elsewhere than when the job came in.
-
-    TLS is yet to be agreed on.
-    """
+    """A connection to an address that was checked: a name may lead elsewhere than when the job came in."""
     failure: OSError | None = None
     for address in _guard(settings).addresses(url.host, url.port):
         connection = http.client.HTTPConnection(url.host, url.port)
         try:
             connection.sock = socket.create_connection((str(address), url.port), _TIMEOUT)
             if url.scheme == "https":
-                connection.sock = tls_context().wrap_socket(
-                    connection.sock, server_hostname=url.host, do_handshake_on_connect=False
-                )
+                connection.sock = tls_context().wrap_socket(connection.sock, server_hostname=url.host)
             return connection
         except OSError as error:
             connection.close()
