@@ -102,6 +102,15 @@ def test_an_error_changes_nothing_and_keeps_the_download(target: Path) -> None:
     assert hidden(target.parent) == []
 
 
+def test_what_a_killed_run_left_goes_whatever_the_directory_is_called(tmp_path: Path) -> None:
+    """Brackets in the name were read as a pattern: what was left behind stayed, and every further run failed on it."""
+    (tmp_path / ".c[1]~new" / "model").mkdir(parents=True)
+    with replacing(tmp_path / "c[1]", "x") as work:
+        fill(work.fresh, "new")
+    assert held(tmp_path / "c[1]") == "new"
+    assert hidden(tmp_path) == []
+
+
 def test_another_models_download_is_not_gone_on_with(target: Path) -> None:
     neighbour = target.parent / ".cache.en~download~y"
     neighbour.mkdir()

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def replacing(target: Path, key: str) -> Iterator[Workspace]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if old.exists() and not target.exists():
             old.rename(target)  # a run was killed between the two renames
-        for leftover in parent.glob(f"{prefix}*"):
+        for leftover in parent.glob(f"{glob.escape(prefix)}*"):
             if leftover != work.download:
                 shutil.rmtree(leftover)
         work.download.mkdir(exist_ok=True)
