@@ -18,11 +18,12 @@ done
 
 if [ ! -e "$CONFIG" ]; then
   run install -m 600 "$EXAMPLE" "$CONFIG"
-  say "Made .env-http. Set EDGE_HOST and GPU_URL in it, then run this again."
+  [ -n "$DRY_RUN" ] || say "Made .env-http. Set EDGE_HOST and GPU_URL in it, then run this again."
   exit 0
 fi
 load_config
 need EDGE_HOST GPU_URL
+[ -n "$DRY_RUN" ] || [ "$EDGE_HOST" != 203.0.113.10 ] || die "EDGE_HOST is still the example's; set it in .env-http."
 
 if ! command -v docker >/dev/null || ! docker compose version >/dev/null 2>&1; then
   say "Installing Docker"

@@ -26,7 +26,7 @@ need_program ssh "apt-get install openssh-client"
 settings() {
   local name
   for name in WHISPER_MODEL WHISPER_COMPUTE_TYPE WHISPERLIVE_PORT HEALTH_CHECK_PORT MAX_CLIENTS MAX_CONNECTION_TIME \
-    WHISPER_API_KEYS LOG_FORMAT; do
+    WHISPER_API_KEYS WHISPER_LIVE_RECORDINGS MODEL_BATCH_SIZE LOG_FORMAT LOG_LEVEL; do
     [ -z "${!name:-}" ] || printf '%s=%s\n' "$name" "${!name}"
   done
 }

@@ -35,15 +35,19 @@ load_config() {
   local line name value
   [ -r "$CONFIG" ] || die "There is no .env-http yet: cp ${EXAMPLE#"$ROOT"/} .env-http, fill it in, then try again."
   while IFS= read -r line || [ -n "$line" ]; do
+    # As editors on Windows end lines.
+    line=${line%$'\r'}
     case $line in '' | '#'*) continue ;; esac
     [[ $line =~ ^([A-Z][A-Z0-9_]*)=(.*)$ ]] || die "A line of .env-http is not NAME=VALUE: ${line%%=*}"
     name=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
     if [ -z "${!name+set}" ]; then
-      value=${value#\"} value=${value%\"}
+      case $value in \"*\" | \'*\') value=${value:1:-1} ;; esac
       export "$name=$value"
     fi
   done <"$CONFIG"
   : "${EDGE_DIR:=/opt/whisperlive}" "${HEALTH_CHECK_PORT:=9999}"
+  [[ ${EDGE_HOST:-} =~ ^([A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\])$ ]] \
+    || die "EDGE_HOST must be a name or an address alone, without https:// before it or a path behind."
   if [ -n "${GPU_URL:-}" ]; then
     [[ $GPU_URL =~ ^https?://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+)(:[0-9]+)?$ ]] \
       || die "GPU_URL must be http://HOST:PORT or https://HOST, nothing behind it."

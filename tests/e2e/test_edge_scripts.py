@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -168,9 +169,38 @@ def test_configuration_is_data(tmp_path: Path) -> None:
     assert done.returncode == 2 and "NAME=VALUE" in done.stderr and "secret" not in done.stderr
     done = script("315", config=write_config(config, EDGE_HOST="a", GPU_URL="127.0.0.1:9090"))
     assert done.returncode == 2 and "GPU_URL must be" in done.stderr
+    done = script("315", config=write_config(config, EDGE_HOST="https://a/", GPU_URL="http://127.0.0.1:9"))
+    assert done.returncode == 2 and "EDGE_HOST must be" in done.stderr
     done = script("315", config=tmp_path / "none")
     assert done.returncode == 2 and "env-http.example" in done.stderr
     assert script("310", config=tmp_path / "none").returncode == 1
+
+
+def test_configuration_as_people_write_it(tmp_path: Path) -> None:
+    """Line ends of Windows and single quotes became part of the values; what the box was to be told was left out."""
+    config = tmp_path / ".env-http"
+    lines = ["# a comment", "", "GPU_URL=http://127.0.0.1:9", "WHISPER_MODEL='small.en'", 'LOG_LEVEL="DEBUG"']
+    lines.append("WHISPER_LIVE_RECORDINGS=/var/cache/whisperlive/kept")
+    config.write_bytes("\r\n".join([*lines, ""]).encode())
+    done = script("310", "--dry-run", config=config)
+    assert done.returncode == 0, done.stderr
+    told = {line.strip() for line in done.stdout.splitlines()}
+    assert {"WHISPER_MODEL=small.en", "LOG_LEVEL=DEBUG", lines[-1]} <= told and "\r" not in done.stdout
+
+
+def test_the_examples_edge_is_not_set_up(tmp_path: Path) -> None:
+    config = tmp_path / ".env-http"
+    done = script("305", "--dry-run", config=config)
+    assert done.returncode == 0 and "Made" not in done.stdout and not config.exists()
+    assert script("305", config=config).returncode == 0 and config.exists()
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for forbidden in ("docker", "apt-get", "sudo", "mkdir", "install"):
+        (tools / forbidden).write_text("#!/bin/sh\nexit 99\n")
+        (tools / forbidden).chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    done = script("305", config=config, EDGE_DIR=str(tmp_path / "edge"), PATH=path)
+    assert done.returncode == 1 and "still the example's" in done.stderr and not (tmp_path / "edge").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--audio"], ["--nonsense"], []])
@@ -229,6 +259,26 @@ def test_every_hop_works(caddy: Caddy, live: LiveService, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall("^ok ", done.stdout, re.MULTILINE)) == 7 and "fellow Americans" in done.stdout
     assert "All hops work" in done.stdout and "a-key" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("connection", "upgrade"), [("Upgrade", "websocket"), ("keep-alive, upgrade", "WebSocket"), ("close", "websocket")]
+)
+def test_an_upgrade_is_one_in_any_case(caddy: Caddy, connection: str, upgrade: str) -> None:
+    """``Connection: upgrade``, as proxies write it, got the page's 404."""
+    context = ssl.create_default_context(cafile=str(caddy.ca))
+    with (
+        socket.create_connection(("127.0.0.1", caddy.port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as secure,
+    ):
+        lines = [f"Connection: {connection}", f"Upgrade: {upgrade}", "Sec-WebSocket-Version: 13"]
+        lines += [
+            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+            "Sec-WebSocket-Protocol: whisper-live, bearer.a-key",
+        ]
+        request = "\r\n".join(["GET /ws HTTP/1.1", f"Host: 127.0.0.1:{caddy.port}", *lines, "", ""])
+        secure.sendall(request.encode())
+        assert secure.recv(1024).split()[1] == (b"404" if connection == "close" else b"101")
 
 
 class _Page(BaseHTTPRequestHandler):
