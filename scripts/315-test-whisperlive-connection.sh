@@ -64,7 +64,7 @@ page() {
   body=$(curl -sSk --max-time 10 -w '\n%{http_code}' "$1") || return 1
   case ${body##*$'\n'} in
     200) grep -q "${2:-}" <<<"$body" || { echo "something else than this project's page is served"; return 1; } ;;
-    503) echo "503: the model is still loading"; return 1 ;;
+    503) echo "503: the model is still loading, or the engine fails (the log says which)"; return 1 ;;
     502 | 504) echo "${body##*$'\n'}: Caddy cannot reach what is behind it"; return 1 ;;
     *) echo "status ${body##*$'\n'}"; return 1 ;;
   esac

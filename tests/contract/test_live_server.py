@@ -31,7 +31,7 @@ from whisper_worker.doors import live
 from whisper_worker.doors.live import CLOSE_CODES
 from whisper_worker.doors.live_session import Stream
 from whisper_worker.doors.live_whisperlive import Outbox
-from whisper_worker.errors import ERROR_CODES, WhisperWorkerError
+from whisper_worker.errors import ERROR_CODES, EngineError, WhisperWorkerError
 from whisper_worker.service import Service
 from whisper_worker.settings import Settings
 from whisper_worker.types import TranscribeOptions
@@ -566,6 +566,31 @@ async def test_what_cannot_be_finished_in_time_is_no_good_end(
     assert connection.close_code == 1013
     assert messages[-1]["status"] == "ERROR" and "too slow" in messages[-1]["message"]
     await seats_free(server)
+
+
+async def test_an_engine_that_fails_every_session_is_unwell(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, jfk: npt.NDArray[np.int16]
+) -> None:
+    """It was healthy and ready on every page, so nothing ever started it anew."""
+
+    async def lost(*_: object) -> None:
+        raise EngineError("The card is gone.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stream, "_recognize", lost)
+        for _ in range(3):
+            assert b" 200 " in await raw_request(server, "/health")
+            async with connect(address(server)) as connection:
+                await begin(connection)
+                for frame in frames(jfk[:48000]):
+                    await connection.send(frame)
+                assert (await until_closed(connection))[-1]["status"] == "ERROR"
+            assert connection.close_code == 1011
+    await seats_free(server)
+    assert b" 503 " in await raw_request(server, "/health") and b" 503 " in await raw_request(server, "/ready")
+    # Whoever is served nevertheless sets it right.
+    assert text_of(await transcribe(server, jfk)) == JFK
+    assert b" 200 " in await raw_request(server, "/health") and b" 200 " in await raw_request(server, "/ready")
 
 
 async def test_who_reads_too_slowly_may_come_again(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:

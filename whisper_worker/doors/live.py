@@ -37,7 +37,7 @@ from whisper_worker.doors.live_health import HealthServer, Pages, Vitals
 from whisper_worker.doors.live_realtime import Conversation
 from whisper_worker.doors.live_recording import Recording
 from whisper_worker.doors.live_session import Stream
-from whisper_worker.errors import Busy, InternalError, InvalidInput, WhisperWorkerError
+from whisper_worker.errors import Busy, EngineError, InternalError, InvalidInput, WhisperWorkerError
 from whisper_worker.log import get_logger, job_context
 from whisper_worker.service import Service
 from whisper_worker.settings import Settings
@@ -268,6 +268,8 @@ class _Client:
         assert self.stream is not None
         segments = self.stream.session.take_completed()
         self.server.vitals.segments += len(segments)
+        if segments:
+            self.server.vitals.engine_failures = 0
         if self.recording is not None:
             self.recording.text(segments)
         return segments
@@ -317,6 +319,7 @@ class _Client:
     async def _fail(self, error: WhisperWorkerError) -> None:
         self.outcome = error.code
         self.server.vitals.errors += 1
+        self.server.vitals.engine_failures += isinstance(error, EngineError)
         _log.warning("%s", error.message, extra={"fields": {"code": error.code}})
         with contextlib.suppress(ConnectionClosed, asyncio.TimeoutError):
             await asyncio.wait_for(self.tell_error(error), protocol.SEND_SECONDS)

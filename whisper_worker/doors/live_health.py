@@ -19,6 +19,8 @@ from typing import Any
 
 from whisper_worker.metrics import peak_memory_mb
 
+_FAILING = 3
+"""Sessions in a row that the engine failed, from which on the service is unwell: a card that is lost stays lost."""
 _GPU_SECONDS = 5.0
 """For so long the figures of the GPU are taken as they were."""
 _GPU_FIELDS = {
@@ -44,6 +46,8 @@ class Vitals:
     turned_away: int = 0
     errors: int = 0
     recordings_failed: int = 0
+    engine_failures: int = 0
+    """Sessions that ended so since something was last transcribed."""
     segments: int = 0
     decodes: int = 0
     audio_seconds: float = 0.0
@@ -51,6 +55,14 @@ class Vitals:
     worst_lag: float = 0.0
     """Longest wait for one decode in the sessions that ended."""
     started: float = field(default_factory=time.time)
+
+    @property
+    def healthy(self) -> bool:
+        return self.engine_failures < _FAILING
+
+    @property
+    def serving(self) -> bool:
+        return self.ready and self.healthy
 
 
 class HealthServer:
@@ -109,14 +121,17 @@ class Pages:
         vitals = self._vitals
         now = _iso(time.time())
         if path == "/health":
-            return _json(200, {"status": "healthy", "timestamp": now})
+            if vitals.healthy:
+                return _json(200, {"status": "healthy", "timestamp": now})
+            reason = "The engine fails session after session; the log says how. Restart the service."
+            return _json(503, {"status": "unhealthy", "reason": reason, "timestamp": now})
         if path == "/ready":
             page = {
-                "status": "ready" if vitals.ready else "not_ready",
+                "status": "ready" if vitals.serving else "not_ready",
                 "whisperlive_port": vitals.port,
                 "timestamp": now,
             }
-            return _json(200 if vitals.ready else 503, page)
+            return _json(200 if vitals.serving else 503, page)
         if path == "/status":
             return _json(200, self._status())
         if path == "/metrics":
@@ -126,11 +141,11 @@ class Pages:
     def _status(self) -> dict[str, object]:
         vitals = self._vitals
         return {
-            "status": "healthy",
+            "status": "healthy" if vitals.healthy else "unhealthy",
             "uptime_seconds": round(time.time() - vitals.started),
             "startup_time": _iso(vitals.started),
             "whisperlive": {
-                "ready": vitals.ready,
+                "ready": vitals.serving,
                 "port": vitals.port,
                 "clients": vitals.clients,
                 "max_clients": vitals.max_clients,
@@ -166,12 +181,13 @@ def _read_gpu() -> dict[str, object] | None:
 
 def _metrics(vitals: Vitals) -> str:
     rows: list[tuple[str, str, str, float]] = [
-        ("ready", "gauge", "Whether clients are served.", int(vitals.ready)),
+        ("ready", "gauge", "Whether clients are served.", int(vitals.serving)),
         ("clients", "gauge", "Clients being served.", vitals.clients),
         ("max_clients", "gauge", "Clients served at a time.", vitals.max_clients),
         ("connections_total", "counter", "Clients that got a seat.", vitals.connections),
         ("turned_away_total", "counter", "Clients that were told to wait.", vitals.turned_away),
         ("errors_total", "counter", "Sessions that ended with an error.", vitals.errors),
+        ("engine_failures", "gauge", "Sessions that the engine failed since it last worked.", vitals.engine_failures),
         ("recordings_failed_total", "counter", "Recordings that broke off.", vitals.recordings_failed),
         ("segments_total", "counter", "Completed segments.", vitals.segments),
         ("decodes_total", "counter", "Decodes in sessions that ended.", vitals.decodes),

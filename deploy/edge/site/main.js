@@ -212,7 +212,7 @@ async function askService() {
     // One refusal may be that of a service which has just come back.
     if (status === 200 && dictation?.refused > 1) text = "The service is ready, but refuses this page: is the key right?";
     else if (status === 200) text = "The service is ready.";
-    else if (status === 503) text = "The service is loading its model.";
+    else if (status === 503) text = "The service is not ready: its model is loading, or it fails.";
     else text = "The edge is there; the GPU box behind it does not answer.";
   } catch {
     text = "The edge does not answer.";
