@@ -274,6 +274,22 @@ async def test_a_fifth_client_waits_and_is_given_time_to_leave(server: RunningSe
     await seats_free(server)
 
 
+async def test_what_is_sent_without_a_seat_is_not_kept(server: RunningServer) -> None:
+    """Eight frames of up to 4 MB of each client waited in memory, and the sender for them."""
+    async with contextlib.AsyncExitStack() as seats:
+        for _ in range(4):
+            await begin(await seats.enter_async_context(connect(address(server))))
+        async with connect(address(server)) as standing:
+            await standing.send(json.dumps(config()))
+            assert json.loads(await standing.recv())["status"] == "WAIT"
+            begun = time.monotonic()
+            for _ in range(24):
+                await standing.send(bytes(2**21))
+            await (await standing.ping())
+            assert time.monotonic() - begun < 4
+    await seats_free(server)
+
+
 async def test_a_silent_client_loses_its_seat_in_time(service: Service, settings: Settings) -> None:
     with RunningServer(service, replace(settings, max_clients=1, max_connection_time=1.0)) as server:
         async with connect(address(server)) as connection:

@@ -206,7 +206,7 @@ class LiveServer:
             else:
                 first = await asyncio.wait_for(connection.recv(), _CONFIG_SECONDS)
                 await connection.send(json.dumps(protocol.wait(protocol.uid_of(first), minutes)))
-            await asyncio.wait_for(connection.wait_closed(), _FAREWELL_SECONDS)
+            await asyncio.wait_for(_overhear(connection), _FAREWELL_SECONDS)
         await connection.close(1013)
 
 
@@ -428,6 +428,12 @@ def _target(request: Request) -> tuple[str, str]:
     """Path, without a slash at its end, and query. Not by ``urlsplit``: what a stranger sends need not be a URL."""
     path, _, query = request.path.partition("?")
     return path.rstrip("/"), query
+
+
+async def _overhear(connection: ServerConnection) -> None:
+    """Until it is closed. What still comes is thrown away: of all who stand it would add up to gigabytes."""
+    async for _ in connection:
+        pass
 
 
 def _raise_first(done: set[asyncio.Task[Any]], but_for: type[Exception] | None = None) -> None:
