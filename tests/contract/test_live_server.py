@@ -644,6 +644,23 @@ async def test_an_hour_of_clients_leaves_memory_flat(server: RunningServer, jfk:
     assert resident() - before < 50 * 2**20
 
 
+@pytest.mark.parametrize("path", ["/", "/v1/realtime"])
+async def test_a_frame_over_the_limit_is_an_error(
+    service: Service, settings: Settings, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was counted as if the client had left."""
+    monkeypatch.setattr(live, "_MAX_FRAME_BYTES", 1000)
+    with RunningServer(service, settings) as server:
+        async with connect(address(server, path)) as connection:
+            if path == "/":
+                await begin(connection)
+            await connection.send(bytes(1001))
+            await until_closed(connection)
+        assert connection.close_code == 1009 and "exceeds limit" in (connection.close_reason or "")
+        await seats_free(server)
+        assert server.vitals.errors == 1
+
+
 async def test_a_closed_connection_is_no_error(server: RunningServer) -> None:
     errors = server.vitals.errors
     connection = await connect(address(server))

@@ -228,8 +228,12 @@ class _Client:
                 await self.talk()
             except WhisperWorkerError as error:
                 await self._fail(error)
-            except ConnectionClosed:
+            except ConnectionClosed as closed:
                 self.outcome = "left"
+                if closed.sent is not None and closed.sent.code == CLOSE_CODES["TOO_LARGE"]:
+                    # The library has told the client already, which limit included.
+                    self.outcome = "TOO_LARGE"
+                    self.server.vitals.errors += 1
                 raise
             except asyncio.TimeoutError:
                 self.outcome = "slow"
