@@ -101,9 +101,8 @@ class Service:
     ) -> Transcript:
         """Run one job in the calling thread. Raises typed errors only."""
         with self._job():
-            timer, cancel = StageTimer(), cancel or CancelToken()
-            engine, (audio,) = self._prepare(job, cancel, timer, _decode_mix)
-            return self._recognize(engine, job, audio, timer, cancel, on_progress, on_segment, priority)
+            (transcript,) = self._transcribe(job, _decode_mix, cancel, on_progress, on_segment, priority)
+            return transcript
 
     def transcribe_channels(
         self,
@@ -120,9 +119,7 @@ class Service:
         from whisper_worker.audio.channels import decode_channels
 
         with self._job():
-            timer, cancel = StageTimer(), cancel or CancelToken()
-            engine, audios = self._prepare(job, cancel, timer, decode_channels)
-            return tuple(self._recognize(engine, job, audio, timer, cancel, None, None, priority) for audio in audios)
+            return self._transcribe(job, decode_channels, cancel, None, None, priority)
 
     def detect_language(
         self,
@@ -132,17 +129,38 @@ class Service:
         priority: Priority | None = None,
     ) -> tuple[str | None, float | None]:
         """Code and probability of the language spoken, None where nobody speaks; typed errors only."""
+        with self._job():
+            return self._detect_language(job, cancel or CancelToken(), priority)
+
+    # Frames of their own: what these hold is let go of before memory is given back.
+
+    def _transcribe(
+        self,
+        job: JobInput,
+        decode: _Decode,
+        cancel: CancelToken | None,
+        on_progress: Callable[[Progress], None] | None,
+        on_segment: Callable[[Segment], None] | None,
+        priority: Priority | None,
+    ) -> tuple[Transcript, ...]:
+        timer, cancel = StageTimer(), cancel or CancelToken()
+        engine, audios = self._prepare(job, cancel, timer, decode)
+        return tuple(
+            self._recognize(engine, job, audio, timer, cancel, on_progress, on_segment, priority) for audio in audios
+        )
+
+    def _detect_language(
+        self, job: JobInput, cancel: CancelToken, priority: Priority | None
+    ) -> tuple[str | None, float | None]:
         from whisper_worker.engine.scheduler import Priority
 
-        with self._job():
-            cancel = cancel or CancelToken()
-            engine, (audio,) = self._prepare(job, cancel, StageTimer(), _decode_mix)
-            return engine.pipeline.detect_language(
-                audio.waveform,
-                job.options,
-                cancel=cancel,
-                priority=Priority.BULK if priority is None else priority,
-            )
+        engine, (audio,) = self._prepare(job, cancel, StageTimer(), _decode_mix)
+        return engine.pipeline.detect_language(
+            audio.waveform,
+            job.options,
+            cancel=cancel,
+            priority=Priority.BULK if priority is None else priority,
+        )
 
     def _prepare(
         self, job: JobInput, cancel: CancelToken, timer: StageTimer, decode: _Decode
