@@ -230,6 +230,7 @@ PEERS: dict[str, dict[str, Any]] = {
     "ours-greedy": {"engine": OURS, "beam_size": 1},
     "ours-beam5": {"engine": OURS, "beam_size": 5},
     "faster-whisper": {"engine": "faster-whisper", "beam_size": 5, "batch_size": 0},
+    "faster-whisper-float32": {"engine": "faster-whisper", "beam_size": 5, "batch_size": 0, "compute_type": "float32"},
     "faster-whisper-greedy": {"engine": "faster-whisper", "beam_size": 1, "batch_size": 0},
     "faster-whisper-batched8": {"engine": "faster-whisper", "beam_size": 1, "batch_size": 8},
     "faster-whisper-batched16": {"engine": "faster-whisper", "beam_size": 1, "batch_size": 16},
@@ -238,8 +239,9 @@ PEERS: dict[str, dict[str, Any]] = {
     "openai-whisper-beam5": {"engine": "openai-whisper", "beam_size": 5},
     "transformers": {"engine": "transformers", "beam_size": 1, "batch_size": 8},
 }
-"""Implementations compared with, by name: sequential ones, batched ones with their batch size, and the
-worker itself with a search that is not its default."""
+"""Implementations compared with, by name: sequential ones, batched ones with their batch size, one in another
+precision (how far apart its own two are is how much a difference means), and the worker itself with a search
+that is not its default."""
 
 Reply = dict[str, Any]
 

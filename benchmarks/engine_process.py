@@ -51,10 +51,11 @@ def ours(spec: dict[str, Any]) -> Transcribe:
 
 
 def faster_whisper(spec: dict[str, Any]) -> Transcribe:
-    """faster-whisper in int8, one window after another or, with ``batch_size``, in batches."""
+    """faster-whisper, one window after another or, with ``batch_size``, in batches; int8 but for a ``compute_type``."""
     from faster_whisper import BatchedInferencePipeline, WhisperModel
 
-    model = WhisperModel(spec["ct2_dir"], device="cpu", compute_type="int8", cpu_threads=spec["threads"])
+    compute_type = spec.get("compute_type", "int8")
+    model = WhisperModel(spec["ct2_dir"], device="cpu", compute_type=compute_type, cpu_threads=spec["threads"])
     engine: Any = model
     more: dict[str, int] = {}
     if spec["batch_size"]:

@@ -26,7 +26,9 @@ from statistics import median
 from common import OURS, PEERS, Reply, bench_from, parser, print_json, print_table, say, score
 from join import audio_seconds
 
-FASTER_WHISPER_MODES = [name for name, spec in PEERS.items() if spec["engine"] == "faster-whisper"]
+FASTER_WHISPER_MODES = [
+    name for name, spec in PEERS.items() if spec["engine"] == "faster-whisper" and "compute_type" not in spec
+]
 MEASURES = ("wall_s", "cpu_s", "peak_mb", "load_s")
 
 
