@@ -216,7 +216,7 @@ def test_what_nobody_continues_any_more_is_dropped_and_not_missed(reference: Any
         expected = model.new_state([states[row // 3]], 1, 80).step(rows[row : row + 1])
         assert torch.allclose(got[row], expected[0], atol=1e-4)
     # 3 x 67 would be all of them.
-    assert state._continues.shape[2] < 130
+    assert max(own.shape[1] for own in state._continues) < 130
 
 
 @all_shapes
@@ -227,16 +227,15 @@ def test_cross_attention_equals_transformers(reference: Any, checkpoint: Path) -
     states = model.encode(mels)
     tokens = torch.randint(0, model.dims.n_vocab, (2, 7))
     heads = [(model.dims.n_text_layer - 1, 1), (0, 0)]
-    attention, hidden = model.cross_attention(states, tokens, heads)
     for row, encoded in enumerate(states):
+        attention, hidden = model.cross_attention(encoded, tokens[row], heads)
         expected = reference(
             encoder_outputs=(encoded[None],), decoder_input_ids=tokens[row : row + 1], output_attentions=True
         )
-        assert torch.allclose(model.logits(hidden[row]), expected.logits[0], atol=2e-4)
+        assert torch.allclose(model.logits(hidden), expected.logits[0], atol=2e-4)
         for place, (layer, head) in enumerate(heads):
             weights_of_head = expected.cross_attentions[layer][0, head]
-            assert torch.allclose(attention[row, place, :, : len(encoded)], weights_of_head, atol=1e-5)
-            assert not attention[row, place, :, len(encoded) :].any()
+            assert torch.allclose(attention[place], weights_of_head, atol=1e-5)
 
 
 @all_shapes

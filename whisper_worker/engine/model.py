@@ -6,8 +6,10 @@ Hugging Face's names of the weights.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -169,6 +171,19 @@ class _Encoder:
         return F.layer_norm(x, x.shape[-1:], *self._norm).to(self._dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring windows with as many entries each, which a step's self-attention takes together."""
+
+    windows: slice
+    n_entries: int
+    """Those that the step adds included."""
+    padding: int
+    """Of the step's tokens the first so many are none: prompts of several lengths begin together."""
+    mask: Tensor | None
+    """Added to the scores: ``(windows, 1, queries of a window, entries)``, -inf for what a query may not see."""
+
+
 class _DecoderLayer:
     """``cross_dtype`` is the encoder's: cross-attention reads its output as it is (see :meth:`attend_cross`)."""
 
@@ -200,39 +215,50 @@ class _DecoderLayer:
         self._up = weights.normed(name + "final_layer_norm", name + "fc1")
         self._down = weights.linear(name + "fc2")
 
-    def attend_self(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
-        """``keys`` and ``values``: ``(windows, heads, entries, head size)``.
-
-        Their last places are filled from ``x`` first. ``mask``: see :meth:`DecoderState._add_entries`.
-        """
+    def attend_self(self, x: Tensor, keys: Tensor, values: Tensor, runs: Sequence[_Run]) -> None:
+        """``keys`` and ``values``: ``(windows, heads, capacity, head size)``; those of ``x`` are put there first."""
         rows, n, width = x.shape
         windows = keys.shape[0]
         qkv = self._qkv(x).to(keys.dtype)
         # (3, windows, heads, rows of a window x n, head size)
         query, key, value = qkv.view(windows, -1, 3, self._n_head, self._head_size).permute(2, 0, 3, 1, 4)
-        keys[:, :, -key.shape[2] :] = key
-        values[:, :, -key.shape[2] :] = value
-        mixed = F.scaled_dot_product_attention(query, keys, values, mask, scale=1.0)
+        mixed = torch.zeros_like(query)
+        for run in runs:
+            own, new, seen = run.windows, slice(run.padding, None), slice(run.n_entries)
+            filled = slice(run.n_entries - key.shape[2] + run.padding, run.n_entries)
+            keys[own, :, filled] = key[own, :, new]
+            values[own, :, filled] = value[own, :, new]
+            mixed[own, :, new] = F.scaled_dot_product_attention(
+                query[own, :, new], keys[own, :, seen], values[own, :, seen], run.mask, scale=1.0
+            )
         x += self._out(mixed.transpose(1, 2).reshape(rows, n, width))
 
-    def attend_cross(self, x: Tensor, encoded: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention over the encoder's output ``(windows, positions, width)``, without keys and values of it.
+    def attend_cross(self, x: Tensor, encoded: Sequence[Tensor]) -> list[Tensor]:
+        """Attention over the encoder's output, without keys and values of it.
+
+        ``encoded``: of each run of windows of one length its ``(windows, positions, width)``. Padded to the longest
+        of the batch instead, a window's sums would be taken in an order that hangs on its neighbours, and with their
+        last bits the near ties among its words.
 
         A score is q (W e) = (q W) e: instead of projecting every position for every layer, each head's
         query is taken into the encoder's space, and the weighted sum of positions is projected after it.
         That is more arithmetic a step but no work or memory in advance, and all layers read the same small
-        matrix, a matrix product of heads by positions for each window. Gives the weights
+        matrix, a matrix product of heads by positions for each window. Gives of each run the weights
         ``(windows, rows of a window x n x heads, positions)``.
         """
         rows, n, width = x.shape
-        windows = encoded.shape[0]
-        query = self._cross_query(x).to(encoded.dtype).view(rows * n, self._n_head, self._head_size)
+        query = self._cross_query(x).to(encoded[0].dtype).view(rows * n, self._n_head, self._head_size)
         absorbed = torch.bmm(query.transpose(0, 1), self._cross_key).transpose(0, 1)
-        scores = torch.bmm(absorbed.reshape(windows, -1, width), encoded.transpose(1, 2))
-        if mask is not None:
-            scores += mask
-        weights = torch.softmax(scores, dim=-1)
-        mixed = torch.bmm(weights, encoded).view(rows * n, self._n_head, width)
+        absorbed = absorbed.reshape(sum(map(len, encoded)), -1, width)
+        mixed = torch.empty_like(absorbed)
+        weights = []
+        first = 0
+        for states in encoded:
+            last = first + len(states)
+            weights.append(torch.softmax(torch.bmm(absorbed[first:last], states.transpose(1, 2)), dim=-1))
+            torch.bmm(weights[-1], states, out=mixed[first:last])
+            first = last
+        mixed = mixed.view(rows * n, self._n_head, width)
         mixed = torch.bmm(mixed.transpose(0, 1), self._cross_value).transpose(0, 1)
         x += self._cross_out(mixed.reshape(rows, n, width).to(x.dtype))
         return weights
@@ -288,25 +314,23 @@ class WhisperModel:
 
     @torch.inference_mode()
     def cross_attention(
-        self, encoded: Sequence[Tensor], tokens: Tensor, heads: Sequence[tuple[int, int]]
+        self, encoded: Tensor, tokens: Tensor, heads: Sequence[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
-        """One pass over known ``tokens`` ``(batch, n)``, one row a window.
+        """One pass over one window's known ``tokens`` ``(n,)``.
 
-        Gives the softmaxed weights of ``heads`` (layer, head) as float32 ``(batch, n_heads, n, positions)``, zero
-        beyond a window's own positions, and the last layer's output ``(batch, n, width)``: :meth:`logits` of all
-        windows at once would be more memory than everything else.
+        Gives the softmaxed weights of ``heads`` (layer, head) as float32 ``(n_heads, n, positions)``, and the last
+        layer's output ``(n, width)``.
         """
-        batch, n = tokens.shape
-        state = DecoderState(self, encoded, 1, n)
-        attention = torch.empty(batch, len(heads), n, max(len(states) for states in encoded), device=self.device)
+        n = len(tokens)
+        attention = torch.empty(len(heads), n, len(encoded), device=self.device)
 
-        def take(layer: int, weights: Tensor) -> None:
-            by_head = weights.view(batch, n, self.dims.n_text_head, -1)
+        def take(layer: int, weights: Sequence[Tensor]) -> None:
+            by_head = weights[0].view(n, self.dims.n_text_head, -1)
             for place, (wanted, head) in enumerate(heads):
                 if wanted == layer:
-                    attention[:, place] = by_head[:, :, head]
+                    attention[place] = by_head[:, head]
 
-        return attention, state.forward(tokens, take)
+        return attention, DecoderState(self, [encoded], 1, n).forward(tokens[None], take)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits ``(..., n_vocab)`` of the last layer's output."""
@@ -332,7 +356,8 @@ class DecoderState:
     Row ``window * rows_per_window + k`` is the k-th sequence of a window. A window is kept once, however
     many sequences share it. So is what sequences have in common: each token of a row is an entry of its
     window, and a row knows which entries it continues. Rows that are reordered leave entries where they
-    are; those that no row continues are dropped now and then.
+    are; those that no row continues are dropped now and then. Where a window's entries lie, and how many
+    there are, depends on nothing but the window: sums over them have the same last bits in any batch.
     """
 
     def __init__(self, model: WhisperModel, encoded: Sequence[Tensor], rows_per_window: int, max_tokens: int) -> None:
@@ -340,22 +365,18 @@ class DecoderState:
         self.n_windows = len(encoded)
         self.rows_per_window = rows_per_window
         self.length = 0
-        n_positions = [len(states) for states in encoded]
-        longest = max(n_positions)
-        self._encoded = torch.stack([F.pad(states, (0, 0, 0, longest - len(states))) for states in encoded])
-        self._mask: Tensor | None = None
-        if min(n_positions) < longest:
-            self._mask = self._encoded.new_zeros(self.n_windows, 1, longest)
-            for window, length in enumerate(n_positions):
-                self._mask[window, :, length:] = -math.inf
+        # Runs of windows of one length, see _DecoderLayer.attend_cross.
+        self._encoded = [torch.stack(list(run)) for _, run in itertools.groupby(encoded, len)]
         self._max_entries = rows_per_window * max_tokens
-        self._padding: Tensor | None = None
-        """By window: entries before its first token, where prompts of several lengths began together."""
+        self._padding = [0] * self.n_windows
+        """By window: tokens before its first one, where prompts of several lengths began together."""
         # By layer: keys and values, (2, windows, heads, capacity, head size).
         self._cache = [self._empty_cache(0) for _ in model.layers]
-        # (windows, rows of a window, entries)
-        self._continues = torch.empty(self.n_windows, rows_per_window, 0, dtype=torch.bool, device=model.device)
-        self._pruned_at = 0
+        # By window: (rows of a window, entries).
+        self._continues = [
+            torch.empty(rows_per_window, 0, dtype=torch.bool, device=model.device) for _ in range(self.n_windows)
+        ]
+        self._pruned_at = [0] * self.n_windows
 
     @torch.inference_mode()
     def begin(self, prompts: Sequence[Sequence[int]], logits_at: Sequence[Sequence[int]]) -> Tensor:
@@ -363,18 +384,16 @@ class DecoderState:
 
         Gives float32 logits ``(windows, len(logits_at[0]), n_vocab)`` at the places ``logits_at`` of each prompt.
         """
-        device = self._encoded.device
+        device = self._model.device
         longest = max(map(len, prompts))
-        padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-        if padding.any():
-            self._padding = padding
+        self._padding = [longest - len(prompt) for prompt in prompts]
         tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         group, self.rows_per_window = self.rows_per_window, 1
-        self._continues = self._continues[:, :1]
+        self._continues = [own[:1] for own in self._continues]
         hidden = self.forward(tokens)
         self.rows_per_window = group
-        self._continues = self._continues.expand(-1, group, -1)
-        places = torch.tensor(logits_at, device=device) + padding[:, None]
+        self._continues = [own.expand(group, -1) for own in self._continues]
+        places = torch.tensor(logits_at, device=device) + torch.tensor(self._padding, device=device)[:, None]
         return self._model.logits(hidden[torch.arange(len(prompts), device=device)[:, None], places])
 
     @torch.inference_mode()
@@ -382,7 +401,7 @@ class DecoderState:
         """Append ``tokens`` ``(rows, n)``. Gives float32 logits ``(rows, n_vocab)`` behind the last."""
         return self._model.logits(self.forward(tokens)[:, -1])
 
-    def forward(self, tokens: Tensor, on_weights: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, on_weights: Callable[[int, Sequence[Tensor]], None] | None = None) -> Tensor:
         """Append ``tokens``; gives the last layer's output ``(rows, n, width)``.
 
         ``on_weights`` is shown each layer's number and weights of cross-attention, as ``_DecoderLayer.attend_cross``
@@ -391,11 +410,11 @@ class DecoderState:
         n = tokens.shape[1]
         x = self._model.embed(tokens, self._next_positions(n))
         self.length += n
-        mask = self._add_entries(n)
+        runs = self._add_entries(n)
         for index, layer in enumerate(self._model.layers):
-            keys, values = self._cache[index][:, :, :, : self._continues.shape[2]]
-            layer.attend_self(x, keys, values, mask)
-            weights = layer.attend_cross(x, self._encoded, self._mask)
+            keys, values = self._cache[index]
+            layer.attend_self(x, keys, values, runs)
+            weights = layer.attend_cross(x, self._encoded)
             if on_weights is not None:
                 on_weights(index, weights)
             layer.feed_forward(x)
@@ -403,9 +422,10 @@ class DecoderState:
 
     def _next_positions(self, n: int) -> Tensor:
         """Positions ``(rows or 1, n)`` of the ``n`` tokens that follow."""
-        places = torch.arange(self.length, self.length + n, device=self._encoded.device)[None]
-        if self._padding is not None:
-            places = places - self._padding.repeat_interleave(self.rows_per_window)[:, None]
+        places = torch.arange(self.length, self.length + n, device=self._model.device)[None]
+        if any(self._padding):
+            padding = torch.tensor(self._padding, device=self._model.device)
+            places = places - padding.repeat_interleave(self.rows_per_window)[:, None]
         # Padding has no position, nor what a finished row is given to say; nothing comes of either.
         return places.clamp(0, self._model.dims.n_text_ctx - 1)
 
@@ -413,32 +433,40 @@ class DecoderState:
         dims = self._model.dims
         head_size = dims.n_text_state // dims.n_text_head
         shape = (2, self.n_windows, dims.n_text_head, capacity, head_size)
-        dtype = torch.float32 if self._encoded.device.type == "cpu" else self._encoded.dtype
-        return torch.empty(shape, dtype=dtype, device=self._encoded.device)
+        device = self._model.device
+        dtype = torch.float32 if device.type == "cpu" else self._encoded[0].dtype
+        return torch.empty(shape, dtype=dtype, device=device)
 
-    def _add_entries(self, n: int) -> Tensor | None:
-        """Make room for ``n`` tokens of every row. Gives what is to be added to the scores of their queries,
-        ``(windows, 1, rows of a window x n, entries)``: -inf for what a query may not see."""
+    def _add_entries(self, n: int) -> list[_Run]:
+        """Make room for ``n`` tokens of every row."""
+        group, first_step = self.rows_per_window, self.length == n
+        own = torch.eye(group, dtype=torch.bool, device=self._model.device).repeat_interleave(n, dim=1)
+        shapes = []
+        for window, continued in enumerate(self._continues):
+            if group > 1 and continued.shape[1] - self._pruned_at[window] >= _PRUNE_EVERY:
+                continued = self._pruned(window)
+            padding = self._padding[window] if first_step else 0
+            self._continues[window] = torch.cat([continued, own[:, padding:]], dim=1)
+            shapes.append((self._continues[window].shape[1], padding))
+        self._make_room(max(n_entries for n_entries, _ in shapes))
+        runs, first = [], 0
+        for (n_entries, padding), same in itertools.groupby(shapes):
+            windows = slice(first, first + len(list(same)))
+            runs.append(_Run(windows, n_entries, padding, self._mask(windows, n - padding)))
+            first = windows.stop
+        return runs
+
+    def _mask(self, windows: slice, n: int) -> Tensor | None:
+        """What ``n`` further tokens of each row of ``windows``, which have as many entries, may not see."""
         group = self.rows_per_window
-        if self._continues.shape[2] - self._pruned_at >= _PRUNE_EVERY and group > 1:
-            self._prune()
-        device = self._continues.device
-        own = torch.eye(group, dtype=torch.bool, device=device).repeat_interleave(n, dim=1)
-        own = own.expand(self.n_windows, -1, -1)
-        if self._padding is not None and self.length == n:
-            own = own & (torch.arange(n, device=device) >= self._padding[:, None, None])
-        self._continues = torch.cat([self._continues, own], dim=2)
-        self._make_room(self._continues.shape[2])
-        if n == 1 and group == 1 and self._padding is None:
+        if n == 1 and group == 1:
             return None
-        seen = self._continues.repeat_interleave(n, dim=1)
+        seen = torch.stack(self._continues[windows]).repeat_interleave(n, dim=1)
         if n > 1:
-            seen[:, :, -group * n :] &= torch.ones(n, n, dtype=torch.bool, device=device).tril().repeat(group, group)
-            # Padding sees itself, or its weights would be no numbers.
-            seen[:, :, -group * n :] |= torch.eye(group * n, dtype=torch.bool, device=device)
-        return torch.zeros(seen.shape, dtype=self._cache[0].dtype, device=device).masked_fill_(~seen, -math.inf)[
-            :, None
-        ]
+            causal = torch.ones(n, n, dtype=torch.bool, device=seen.device).tril()
+            seen[:, :, -group * n :] &= causal.repeat(group, group)
+        mask = torch.zeros(seen.shape, dtype=self._cache[0].dtype, device=seen.device)
+        return mask.masked_fill_(~seen, -math.inf)[:, None]
 
     def _make_room(self, n_entries: int) -> None:
         filled = self._cache[0].shape[3]
@@ -450,35 +478,38 @@ class DecoderState:
             self._cache[layer] = self._empty_cache(max(capacity, n_entries))
             self._cache[layer][:, :, :, :filled] = entries
 
-    def _prune(self) -> None:
-        """Move the entries that some row continues to the front, where others can be dropped for it."""
-        n_entries = self._continues.shape[2]
-        alive = self._continues.any(dim=1)
-        most = int(alive.sum(dim=1).max())
-        self._pruned_at = n_entries
-        if n_entries - most < _PRUNE_EVERY // 2:
-            return
-        kept = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        self._continues = self._continues.gather(2, kept[:, None].expand(-1, self.rows_per_window, -1))
-        for entries in self._cache:
-            for window in range(self.n_windows):
-                entries[:, window, :, :most] = entries[:, window].index_select(2, kept[window])
-        self._pruned_at = most
+    def _pruned(self, window: int) -> Tensor:
+        """Drop the window's entries that no row continues, if they are many; gives what rows continue of the rest."""
+        continued = self._continues[window]
+        kept = continued.any(dim=0).nonzero()[:, 0]
+        if continued.shape[1] - len(kept) >= _PRUNE_EVERY // 2:
+            continued = continued[:, kept]
+            for entries in self._cache:
+                entries[:, window, :, : len(kept)] = entries[:, window].index_select(2, kept)
+        self._pruned_at[window] = continued.shape[1]
+        return continued
 
     @torch.inference_mode()
     def reorder_rows(self, index: Tensor) -> None:
         """Row ``i`` continues the sequence of row ``index[i]`` (of the same window): beam search."""
-        self._continues = self._continues.flatten(0, 1)[index].view(self._continues.shape)
+        group = self.rows_per_window
+        within = index.view(-1, group) - group * torch.arange(self.n_windows, device=index.device)[:, None]
+        self._continues = [own[rows] for own, rows in zip(self._continues, within, strict=True)]
 
     @torch.inference_mode()
     def keep_windows(self, index: Tensor) -> None:
-        """Only the windows ``index`` stay, in that order; the others leave with their rows."""
-        self._continues = self._continues[index]
-        if self._padding is not None:
-            self._padding = self._padding[index]
+        """Only the windows ``index``, rising, stay; the others leave with their rows."""
+        places = index.tolist()
+        self._continues = [self._continues[place] for place in places]
+        self._padding = [self._padding[place] for place in places]
+        self._pruned_at = [self._pruned_at[place] for place in places]
         for layer, entries in enumerate(self._cache):
             self._cache[layer] = entries[:, index]
-        self._encoded = self._encoded[index]
-        if self._mask is not None:
-            self._mask = self._mask[index]
-        self.n_windows = len(index)
+        runs, first = [], 0
+        for states in self._encoded:
+            kept = index[(index >= first) & (index < first + len(states))] - first
+            first += len(states)
+            if len(kept):
+                runs.append(states[kept])
+        self._encoded = runs
+        self.n_windows = len(places)

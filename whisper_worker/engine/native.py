@@ -99,30 +99,20 @@ class NativeRecognizer:
             for layer in range(dims.n_text_layer // 2, dims.n_text_layer)
             for head in range(dims.n_text_head)
         )
-        prefixes = [
-            initial_tokens(
-                self.tokenizer, DecodingRow(None, row.language), _without_timestamps(options), dims.n_text_ctx
-            )
-            for row in rows
-        ]
-        n_prefix = len(prefixes[0])
-        length = n_prefix + max(len(sequence) for sequence in tokens)
-        padded = torch.full((len(rows), length), self.tokenizer.eot)
-        for place, (prefix, sequence) in enumerate(zip(prefixes, tokens, strict=True)):
-            padded[place, : n_prefix + len(sequence)] = torch.tensor([*prefix, *sequence])
-        with out_of_memory():
-            attention, hidden = self._model.cross_attention(
-                [row.state for row in rows], padded.to(self._model.device), heads
-            )
-            results = []
-            for place, sequence in enumerate(tokens):
-                first, stop = n_prefix - 1, n_prefix - 1 + len(sequence)
-                n_positions = rows[place].state.shape[0]
-                # One window at a time: the logits of a whole batch are a hundred megabytes and more.
-                logits = self._model.logits(hidden[place, first:stop])[:, : self.tokenizer.eot]
-                chosen = torch.tensor(list(sequence), device=logits.device, dtype=torch.long)
+        results = []
+        # One window after another: a pass over a text is large enough by itself, and beside a longer one its sums,
+        # and with them its words' times, would have other last bits.
+        for row, text in zip(rows, tokens, strict=True):
+            bare = DecodingRow(None, row.language)
+            prefix = initial_tokens(self.tokenizer, bare, _without_timestamps(options), dims.n_text_ctx)
+            chosen = torch.tensor(list(text), dtype=torch.long, device=self._model.device)
+            first, stop = len(prefix) - 1, len(prefix) - 1 + len(text)
+            with out_of_memory():
+                known = torch.tensor([*prefix, *text], device=self._model.device)
+                attention, hidden = self._model.cross_attention(row.state, known, heads)
+                logits = self._model.logits(hidden[first:stop])[:, : self.tokenizer.eot]
                 logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
-                results.append((attention[place, :, first : stop + 1, :n_positions], logprobs.exp().tolist()))
+            results.append((attention[:, first : stop + 1], logprobs.exp().tolist()))
         return results
 
 
