@@ -51,6 +51,9 @@ def test_detection_alone(http: httpx.Client) -> None:
     answer = http.post("/detect-language", files={"audio_file": GERMAN.read_bytes()}).json()
     assert (answer["detected_language"], answer["language_code"]) == ("german", "de")
     assert 0.9 < answer["confidence"] < 1
+    # Not the one that it is told.
+    told = http.post("/detect-language", params={"language": "en"}, files={"audio_file": GERMAN.read_bytes()})
+    assert told.json()["language_code"] == "de"
     assert http.post("/detect-language", files={"audio_file": SILENCE.read_bytes()}).json()["language_code"] == "und"
 
 

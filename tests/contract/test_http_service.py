@@ -324,6 +324,11 @@ def test_asr_swallows_nothing(http: httpx.Client) -> None:
     answer = http.post("/detect-language", params={"colour": "blue"}, files=file)
     assert answer.json()["language_code"] == "en"
     assert "colour" in json.loads(answer.headers["x-warnings"])[0]
+    answer = http.post("/detect-language", params={"language": "de", "beam_size": 2, "vad": "false"}, files=file)
+    assert answer.json()["language_code"] == "en"
+    assert [warning.split()[0] for warning in json.loads(answer.headers["x-warnings"])] == ["language", "beam_size"]
+    answer = http.post("/detect-language", params={"beam_size": 2, "strict": "true"}, files=file)
+    assert answer.status_code == 422 and "beam_size" in answer.json()["error"]["message"]
 
 
 def test_warnings_too_long_for_a_header_leave_a_list(http: httpx.Client) -> None:

@@ -7,7 +7,7 @@ import time
 import wave
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,7 +32,16 @@ from whisper_worker.doors.http_errors import Refused, error_body, refusal
 from whisper_worker.errors import InvalidInput, TooLarge
 from whisper_worker.languages import LANGUAGES
 from whisper_worker.schema import segment_to_dict
-from whisper_worker.types import FORMATS, SAMPLE_RATE, CancelToken, JobInput, Segment, Task, Transcript
+from whisper_worker.types import (
+    FORMATS,
+    SAMPLE_RATE,
+    CancelToken,
+    JobInput,
+    Segment,
+    Task,
+    TranscribeOptions,
+    Transcript,
+)
 
 
 class _Visit:
@@ -338,7 +347,7 @@ def _add_asr(routes: APIRouter, door: Door) -> None:
         async with _Visit(door, request) as visit:
             body = await _asr_body(visit, encode=encode)
             _drop_read(body, request, "encode")
-            job = await asyncio.to_thread(read_job, body, door)
+            job = _detection(await asyncio.to_thread(read_job, body, door))
             code, probability = await door.desk.run(
                 request,
                 lambda cancel: door.service.detect_language(job, cancel=cancel, priority=Priority.INTERACTIVE),
@@ -352,6 +361,24 @@ def _add_asr(routes: APIRouter, door: Door) -> None:
                 },
                 headers=warning_headers(job.warnings),
             )
+
+
+_DETECTION_FIELDS = frozenset(("languages", "multilingual", "vad", "vad_threshold", "clip_timestamps", "strict"))
+"""Options that change what is listened to, or what may be heard."""
+
+
+def _detection(job: JobInput) -> JobInput:
+    """``job`` with what has no part in detecting a language taken out and named."""
+    plain = TranscribeOptions()
+    names = [
+        field.name
+        for field in fields(plain)
+        if field.name not in _DETECTION_FIELDS and getattr(job.options, field.name) != getattr(plain, field.name)
+    ]
+    said = tuple(f"{name} has no effect on detecting the language and was ignored." for name in names)
+    if said and job.options.strict:
+        raise InvalidInput(" ".join(said) + " Remove it, or send strict=false.")
+    return replace(job, options=replace(job.options, language=None), warnings=(*job.warnings, *said))
 
 
 def _drop_read(body: Body, request: Request, *names: str) -> None:
