@@ -255,7 +255,7 @@ def test_the_microphone(page: Page) -> None:
 
 def test_cancelling_withdraws_the_job(page: Page, service: httpx.Client, tmp_path: Path) -> None:
     with page.expect_response(lambda response: response.url.endswith("/jobs")) as handed:
-        transcribe(page, long_speech(tmp_path / "long.wav", 2))
+        transcribe(page, long_speech(tmp_path / "long.wav", 10))
     job_id = handed.value.json()["id"]
     expect(page.locator(".line").first).to_be_visible(timeout=30_000)
     page.get_by_role("button", name="Cancel").click()
