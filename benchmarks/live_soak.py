@@ -179,7 +179,7 @@ def main() -> None:
     resident = {
         f"{mark:g}": {"speech": _resident(stream, account, mark, arguments.every, speech=True)}
         | {"silence": _resident(stream, account, mark, arguments.every, speech=False)}
-        for mark in (arguments.every * n for n in range(1, math.ceil(arguments.minutes / arguments.every) + 1))
+        for mark in (arguments.every * n for n in range(1, math.ceil(stream[-1].end / 60 / arguments.every) + 1))
     }
     total = score(" ".join(turn.text for turn in stream), " ".join(account.completed.values()), "en")
     result = {

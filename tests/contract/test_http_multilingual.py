@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
-from tests.contract.http_kit import GERMAN, JFK, SILENCE, serving
+from tests.contract.http_kit import GERMAN, JFK, SILENCE, serving, waveform, write_wav
+from whisper_worker.types import SAMPLE_RATE
 
 HEARD = "Portal"
 
@@ -40,6 +43,15 @@ def test_the_language_is_found_out(http: httpx.Client) -> None:
     assert HEARD in answer["text"] and "wurde" in answer["text"]
     english = http.post("/transcribe", files={"audio": JFK.read_bytes()}).json()
     assert english["language"] == "en" and english["language_probability"] > 0.9
+
+
+def test_a_sentence_that_is_said_twice_is_written_twice(http: httpx.Client, tmp_path: Path) -> None:
+    """The model writes it once, with times that cover both."""
+    once = waveform(GERMAN)
+    twice = write_wav(tmp_path / "twice.wav", np.concatenate([once, np.zeros(6400, dtype=np.int16), once]))
+    answer = http.post("/transcribe", files={"audio": twice.read_bytes()}, data={"language": "de"}).json()
+    assert answer["text"].count(HEARD) == 2, answer["text"]
+    assert answer["segments"][-1]["start"] == pytest.approx(len(once) / SAMPLE_RATE + 0.4, abs=1.0)
 
 
 def test_only_among_the_languages_that_are_allowed(http: httpx.Client) -> None:

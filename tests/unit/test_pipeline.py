@@ -351,15 +351,16 @@ def test_without_vad_everything_is_decoded(run: Callable[..., PipelineResult], e
 def test_words_stay_in_their_sound_and_a_long_pause_ends_a_segment(
     run: Callable[..., PipelineResult], english: Tokenizer
 ) -> None:
-    recognizer = Scripted(english, plainly(" one two three four five six seven eight"))
+    text = " eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
+    recognizer = Scripted(english, plainly(text))
     detector = Detector((0.5, 4.2), (5.4, 8.0))
     result = run(recognizer, detector, 9.0, TranscribeOptions(word_timestamps=True))
     assert len(result.segments) == 2
     words = [word for segment in result.segments for word in segment.words or ()]
-    assert "".join(word.word for word in words) == " one two three four five six seven eight"
+    assert "".join(word.word for word in words) == text
     for word in words:
         assert word.end <= 4.4 or word.start >= 5.2
-    assert "".join(segment.text for segment in result.segments) == " one two three four five six seven eight"
+    assert "".join(segment.text for segment in result.segments) == text
     times = [time for word in words for time in (word.start, word.end)]
     assert times == sorted(times)
 
@@ -377,7 +378,7 @@ def test_no_word_ends_among_the_next_windows_words(run: Callable[..., PipelineRe
                 results.append((padded, probabilities))
             return results
 
-    recognizer = Drifting(english, plainly(" one two three four five six seven eight"))
+    recognizer = Drifting(english, plainly(" eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"))
     options = TranscribeOptions(word_timestamps=True)
     result = run(recognizer, Detector((0.0, 19.5), (20.0, 40.0)), 41.0, options)
     words = [word for segment in result.segments for word in segment.words or ()]
@@ -457,6 +458,64 @@ def test_the_receipt_knows_speech_that_gave_no_text(run: Callable[..., PipelineR
     assert len(result.gaps) == 1
     assert result.gaps[0][0] == pytest.approx(20.0, abs=0.3)
     assert result.transcribed_seconds < result.speech_seconds
+
+
+SENTENCE = " The party you are trying to reach does not accept calls."
+
+
+def said_once(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+    """As Whisper does it: however often the sentence is said in a window, one piece with times that cover it all."""
+    return [(0.0, seconds - 0.3, SENTENCE)], -0.2, 0.01
+
+
+THRICE = Detector((0.5, 4.5), (5.0, 9.0), (9.4, 13.4), (30.0, 34.0))
+
+
+@pytest.mark.parametrize("words", [False, True])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_a_sentence_said_thrice_is_written_thrice(
+    run: Callable[..., PipelineResult], english: Tokenizer, words: bool, conditioned: bool
+) -> None:
+    heard: list[Segment] = []
+    progress: list[Progress] = []
+    options = TranscribeOptions(word_timestamps=words, condition_on_previous_text=conditioned)
+    result = run(
+        Scripted(english, said_once), THRICE, 40.0, options, on_segment=heard.append, on_progress=progress.append
+    )
+    assert "".join(segment.text for segment in result.segments).count("The party") == 4
+    assert tuple(heard) == result.segments
+    assert result.windows == 4
+    assert progress[-1].done_seconds == pytest.approx(progress[-1].total_seconds, abs=0.02)
+    if not words:  # scripted attention knows nothing of the places of words
+        assert [segment.start for segment in result.segments] == pytest.approx([0.5, 5.0, 9.4, 30.0], abs=0.15)
+        assert [segment.end for segment in result.segments] == pytest.approx([4.5, 9.0, 13.4, 34.0], abs=0.15)
+
+
+def test_slow_speech_keeps_the_text_that_was_decoded_in_one(
+    run: Callable[..., PipelineResult], english: Tokenizer
+) -> None:
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        return [(0.0, seconds - 0.3, " I am slow of speech." if seconds > 6 else " I am slow.")], -0.2, 0.01
+
+    recognizer = Scripted(english, script)
+    result = run(recognizer, Detector((0.0, 4.0), (4.6, 8.0)), 10.0, PLAIN)
+    assert [segment.text for segment in result.segments] == [" I am slow of speech."]
+    assert len(recognizer.rows) == 3
+    assert result.windows == 1
+
+
+@pytest.mark.parametrize("logprob", [-1.5, -0.2])
+def test_halves_that_are_doubted_replace_nothing(
+    run: Callable[..., PipelineResult], english: Tokenizer, logprob: float
+) -> None:
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        if seconds > 6:
+            return [(0.0, seconds - 0.3, SENTENCE)], -0.2, 0.01
+        return [(0.0, seconds - 0.3, SENTENCE)], logprob, 0.9 if logprob > -1 else 0.01
+
+    result = run(Scripted(english, script), Detector((0.0, 4.0), (4.6, 8.6)), 10.0, PLAIN)
+    assert len(result.segments) == (1 if logprob < -1 else 2)
+    assert result.segments[0].flags == ()
 
 
 def test_options_an_engine_lacks_are_named(run: Callable[..., PipelineResult], english: Tokenizer) -> None:

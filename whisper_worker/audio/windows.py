@@ -9,7 +9,7 @@ belongs to no window, so it is never decoded; short gaps stay, because they are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,12 @@ def plan_windows(
     return tuple(
         Window(w.start, w.stop, not any(span.start < w.stop and span.end > w.start for span in sure)) for w in padded
     )
+
+
+def halves(window: Window, end: int, start: int) -> tuple[Window, Window]:
+    """A window cut in a pause: speech before it ends at sample ``end``, and begins again at ``start``."""
+    first, second = _pad([Window(window.start, end), Window(start, window.stop)], window.start, window.stop)
+    return replace(first, doubtful=window.doubtful), replace(second, doubtful=window.doubtful)
 
 
 def _stretches(spans: Sequence[SpeechSpan]) -> list[list[SpeechSpan]]:

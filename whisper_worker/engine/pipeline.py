@@ -7,7 +7,8 @@
 A job runs in its caller's thread: it cuts the waveform, hands windows to the scheduler and
 takes the decoded ones back in whatever order they are done. A window that fails its checks
 goes back for the next attempt, encoded anew in full context; the rest of a window that was
-not read to its end goes back as a new window.
+not read to its end goes back as a new window; one whose text is short for its speech is heard
+again in two halves.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whisper_worker.audio.vad import SpeechSpan, VoiceDetector, speech_spans
-from whisper_worker.audio.windows import PAD_SECONDS, Window, plan_windows
+from whisper_worker.audio.windows import PAD_SECONDS, Window, halves, plan_windows
 from whisper_worker.engine import quality
 from whisper_worker.engine.assembly import Assembler, Decoded
 from whisper_worker.engine.quality import Attempt, Verdict
@@ -53,6 +54,11 @@ _REST_SECONDS = (0.3, 1.0)
 begun and not finished, and after one that it closed (its closing time may be a little early)."""
 
 _SHORT_REST_SECONDS = 2.0
+
+_MORE_LETTERS = 0.5
+"""Share of a piece's letters by which its window's text must grow for the halves to be believed."""
+
+_DOUBTS = frozenset({"low_logprob", "loop", "prompt_echo"})
 
 _GAP_SECONDS = 1.0
 """Least length of detected speech without text that the receipt reports."""
@@ -87,6 +93,21 @@ class _Pending:
     wide: bool = False
     """Encoded with silence up to 30 s behind it, as in Whisper's training."""
     probabilities: dict[str, float] = field(default_factory=dict)
+    read: float = 0.0
+    """Seconds of the window up to where its text ends."""
+    trial: _Trial | None = None
+    """Of which it is one half."""
+    decided: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Trial:
+    """A window whose text is short for its speech is heard again in two halves, which replace it if they say more."""
+
+    whole: _Pending
+    halves: tuple[_Pending, ...]
+    least_letters: float
+    """What the halves' text must come to."""
 
 
 class Pipeline:
@@ -379,7 +400,11 @@ class _Run:
             self._submit(one, next_up=True)
             return
         if verdict is Verdict.SILENCE or (verdict is Verdict.RETRY and quality.is_invented(one.tried, self.options)):
-            self._complete(one, [])
+            one.decided = True
+            if one.trial is not None:
+                self._decide(one.trial)
+            else:
+                self._complete(one, [])
             return
         repeated = verdict is Verdict.ACCEPT and one.tried[-1].compression_ratio > (
             self.options.compression_ratio_threshold or float("inf")
@@ -394,18 +419,70 @@ class _Run:
                 one.wide, one.state = False, None
             self._submit(one, next_up=True)
             return
-        pieces, read = self._pieces(one, kept)
+        pieces, one.read = self._pieces(one, kept)
         flags = self._flags(one, kept, failed=verdict is Verdict.RETRY)
-        one.decoded = decoded = Decoded(one.window, one.language, kept, pieces, flags)
+        one.decoded = Decoded(one.window, one.language, kept, pieces, flags)
+        one.decided = True
+        if one.trial is not None:
+            self._decide(one.trial)
+        elif not self._try_halves(one, one.decoded):
+            self._keep(one, one.decoded)
+
+    def _keep(self, one: _Pending, decoded: Decoded) -> None:
+        """Take a window's text as it is."""
         if self.options.condition_on_previous_text:
             self._pass_on(decoded)
-        self._queue_rest(one, decoded, read)
+        self._queue_rest(one, decoded, one.read)
         tokens = self._said(decoded)
         if self.options.word_timestamps and tokens:
             aligned = self._work(one, DecodingOptions(task=self.options.task), tokens)
             self.job.submit(aligned)
         else:
-            self._complete(one, [self.assembler.segment(decoded, piece) for piece in pieces])
+            self._complete(one, [self.assembler.segment(decoded, piece) for piece in decoded.pieces])
+
+    # -- what may have been left out -------------------------------------------------------
+
+    def _try_halves(self, one: _Pending, decoded: Decoded) -> bool:
+        """Where a piece has less text than its speech calls for, decode the window in two, cut in its longest pause."""
+        offset = one.window.start / SAMPLE_RATE
+        for piece in decoded.pieces:
+            text = self.tokenizer.decode(piece.tokens)
+            start, end = offset + piece.start, offset + piece.end
+            pause = self.sure.longest_pause(start, end)
+            if pause is None or not quality.is_sparse(text, self.sure.seconds(start, end)):
+                continue
+            parts = halves(one.window, *(round(at * SAMPLE_RATE) for at in pause))
+            least = quality.letters(decoded.attempt.text) + _MORE_LETTERS * quality.letters(text)
+            both = tuple(_Pending(part, one.language, with_prompt=one.with_prompt) for part in parts)
+            trial = _Trial(one, both, least)
+            for half in both:
+                half.trial = trial
+                self.outstanding.append(half)
+            for half in reversed(both):
+                self._submit(half, next_up=True)
+            return True
+        return False
+
+    def _decide(self, trial: _Trial) -> None:
+        """Keep the whole or its halves, once both of these are decoded."""
+        if not all(half.decided for half in trial.halves):
+            return
+        for half in trial.halves:
+            half.trial = None  # else what they hold would wait for the collector of garbage
+        found = [(half, half.decoded) for half in trial.halves if half.decoded is not None]
+        sure = len(found) == len(trial.halves) and not any(_DOUBTS & decoded.flags for _, decoded in found)
+        if sure and sum(quality.letters(decoded.attempt.text) for _, decoded in found) >= trial.least_letters:
+            self.outstanding.remove(trial.whole)
+            self.n_windows += 1
+            self.total_seconds += sum(half.window.seconds for half, _ in found) - trial.whole.window.seconds
+            for half, decoded in found:
+                if not self._try_halves(half, decoded):
+                    self._keep(half, decoded)
+            return
+        for half in trial.halves:
+            self.outstanding.remove(half)
+        assert trial.whole.decoded is not None
+        self._keep(trial.whole, trial.whole.decoded)
 
     def _said(self, decoded: Decoded) -> tuple[int, ...]:
         return tuple(token for piece in decoded.pieces for token in piece.tokens if token < self.tokenizer.eot)

@@ -37,6 +37,7 @@ _LATER_SHARE = 0.4
 """Attention passes to a word before it is said, not after, so a word that seems to be on both sides of
 a pause is said after it, even if only this much of what lies before lies there."""
 
+_PAUSE_MARGIN_SECONDS = 0.5
 _FOREIGN_SECONDS = 0.4
 """Overlap up to which a stretch of speech may belong to the segment next door."""
 
@@ -210,6 +211,15 @@ class Spans:
         """Where the first stretch that reaches beyond ``at`` begins, or ``at`` itself if that lies inside."""
         place = bisect_right(self._ends, at)
         return max(self._starts[place], at) if place < len(self.all) else None
+
+    def longest_pause(self, start: float, end: float) -> tuple[float, float] | None:
+        """The longest gap in ``[start, end]`` with half a second of them on either side inside, if there is one."""
+        pauses = [
+            (low, high)
+            for (_, low), (high, _) in itertools.pairwise(self.near(start, end))
+            if min(self.seconds(start, low), self.seconds(high, end)) >= _PAUSE_MARGIN_SECONDS
+        ]
+        return max(pauses, key=lambda pause: pause[1] - pause[0], default=None)
 
     def silence(self, start: float, end: float, total: float) -> float:
         """Length of the silence around an interval that overlaps none of them, in a file of ``total`` seconds."""
