@@ -505,7 +505,7 @@ def test_slow_speech_keeps_the_text_that_was_decoded_in_one(
 
 
 @pytest.mark.parametrize("logprob", [-1.5, -0.2])
-def test_halves_that_are_doubted_replace_nothing(
+def test_parts_that_are_doubted_replace_nothing(
     run: Callable[..., PipelineResult], english: Tokenizer, logprob: float
 ) -> None:
     def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:

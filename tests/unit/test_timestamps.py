@@ -141,10 +141,9 @@ def test_spans_are_found_by_place() -> None:
     assert spans.without(Spans([(1.5, 5.5), (8.2, 8.4)])) == [(1.0, 1.5), (5.5, 6.0), (8.0, 8.2), (8.4, 9.5)]
 
 
-def test_the_longest_pause_has_speech_on_either_side() -> None:
+def test_a_pause_has_speech_on_either_side() -> None:
     spans = Spans([(0.0, 2.0), (2.3, 4.0), (4.5, 6.0), (9.0, 9.3), (9.4, 12.0)])
-    assert spans.longest_pause(0.0, 6.0) == (4.0, 4.5)
-    assert spans.longest_pause(0.0, 9.3) == (4.0, 4.5), "what lies behind 6.0 is another's beginning"
-    assert spans.longest_pause(0.0, 12.0) == (6.0, 9.0)
-    assert spans.longest_pause(2.5, 3.5) is None
-    assert spans.longest_pause(6.5, 8.0) is None
+    assert spans.pauses(0.0, 6.0) == [(2.0, 2.3), (4.0, 4.5)]
+    assert spans.pauses(0.0, 9.3) == [(2.0, 2.3), (4.0, 4.5)], "what lies behind 6.0 is another's beginning"
+    assert spans.pauses(5.7, 12.0) == [(9.3, 9.4)]
+    assert spans.pauses(2.5, 3.5) == spans.pauses(6.5, 8.0) == []

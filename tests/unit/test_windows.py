@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whisper_worker.audio.vad import FRAME_SAMPLES, SpeechSpan
-from whisper_worker.audio.windows import GAP_SECONDS, MAX_SECONDS, Window, halves, plan_windows
+from whisper_worker.audio.windows import GAP_SECONDS, MAX_SECONDS, Window, cut_at, plan_windows
 
 RATE = 16_000
 
@@ -48,14 +48,14 @@ def test_cuts_fall_into_the_long_pauses() -> None:
     assert any(abs(window.stop / RATE - 18.35) < 0.5 for window in windows)
 
 
-def test_halves_share_the_pause_between_them() -> None:
-    first, second = halves(Window(1600, 16_000 * 10, doubtful=True), 16_000 * 4, 16_000 * 5)
-    assert first.start == 1600 and second.stop == 16_000 * 10
+def test_parts_share_the_pauses_between_them() -> None:
+    pauses = [(16_000 * 4, 16_000 * 5), (16_000 * 7, 16_000 * 7 + 320)]
+    first, second, third = cut_at(Window(1600, 16_000 * 10, doubtful=True), pauses)
+    assert first.start == 1600 and third.stop == 16_000 * 10
     assert 4.2 < first.stop / RATE <= second.start / RATE < 4.8
-    assert second.start % 160 == 0
-    assert first.doubtful and second.doubtful
-    first, second = halves(Window(0, 16_000 * 10), 16_000 * 4, 16_000 * 4 + 320)
-    assert 16_000 * 4 <= first.stop <= second.start + 160 <= 16_000 * 4 + 480
+    assert 16_000 * 7 <= second.stop <= third.start + 160 <= 16_000 * 7 + 480
+    assert second.start % 160 == third.start % 160 == 0
+    assert first.doubtful and second.doubtful and third.doubtful
 
 
 def test_speech_without_a_pause_is_cut_where_it_is_weakest() -> None:

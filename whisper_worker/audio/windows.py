@@ -90,10 +90,12 @@ def plan_windows(
     )
 
 
-def halves(window: Window, end: int, start: int) -> tuple[Window, Window]:
-    """A window cut in a pause: speech before it ends at sample ``end``, and begins again at ``start``."""
-    first, second = _pad([Window(window.start, end), Window(start, window.stop)], window.start, window.stop)
-    return replace(first, doubtful=window.doubtful), replace(second, doubtful=window.doubtful)
+def cut_at(window: Window, pauses: Sequence[tuple[int, int]]) -> list[Window]:
+    """A window cut in rising pauses: speech ends at the first sample of a pair, and begins again at the second."""
+    starts = [window.start, *(start for _, start in pauses)]
+    stops = [*(end for end, _ in pauses), window.stop]
+    parts = [Window(start, stop, window.doubtful) for start, stop in zip(starts, stops, strict=True)]
+    return [replace(part, doubtful=window.doubtful) for part in _pad(parts, window.start, window.stop)]
 
 
 def _stretches(spans: Sequence[SpeechSpan]) -> list[list[SpeechSpan]]:

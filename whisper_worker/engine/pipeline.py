@@ -8,7 +8,7 @@ A job runs in its caller's thread: it cuts the waveform, hands windows to the sc
 takes the decoded ones back in whatever order they are done. A window that fails its checks
 goes back for the next attempt, encoded anew in full context; the rest of a window that was
 not read to its end goes back as a new window; one whose text is short for its speech is heard
-again in two halves.
+again in parts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from whisper_worker.audio.vad import SpeechSpan, VoiceDetector, speech_spans
-from whisper_worker.audio.windows import PAD_SECONDS, Window, halves, plan_windows
+from whisper_worker.audio.windows import PAD_SECONDS, Window, cut_at, plan_windows
 from whisper_worker.engine import quality
 from whisper_worker.engine.assembly import Assembler, Decoded
 from whisper_worker.engine.quality import Attempt, Verdict
@@ -56,7 +56,10 @@ begun and not finished, and after one that it closed (its closing time may be a 
 _SHORT_REST_SECONDS = 2.0
 
 _MORE_LETTERS = 0.5
-"""Share of a piece's letters by which its window's text must grow for the halves to be believed."""
+"""Share of a piece's letters by which its window's text must grow for the parts to be believed."""
+
+_EDGE_SECONDS = 0.5
+"""How far from a pause the model may put the beginning or the end of a piece."""
 
 _DOUBTS = frozenset({"low_logprob", "loop", "prompt_echo"})
 
@@ -96,18 +99,18 @@ class _Pending:
     read: float = 0.0
     """Seconds of the window up to where its text ends."""
     trial: _Trial | None = None
-    """Of which it is one half."""
+    """Of which it is a part."""
     decided: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class _Trial:
-    """A window whose text is short for its speech is heard again in two halves, which replace it if they say more."""
+    """A window whose text is short for its speech is heard again in parts, which replace it if they say more."""
 
     whole: _Pending
-    halves: tuple[_Pending, ...]
+    parts: tuple[_Pending, ...]
     least_letters: float
-    """What the halves' text must come to."""
+    """What the parts' text must come to."""
 
 
 class Pipeline:
@@ -425,7 +428,7 @@ class _Run:
         one.decided = True
         if one.trial is not None:
             self._decide(one.trial)
-        elif not self._try_halves(one, one.decoded):
+        elif not self._try_parts(one, one.decoded):
             self._keep(one, one.decoded)
 
     def _keep(self, one: _Pending, decoded: Decoded) -> None:
@@ -442,45 +445,50 @@ class _Run:
 
     # -- what may have been left out -------------------------------------------------------
 
-    def _try_halves(self, one: _Pending, decoded: Decoded) -> bool:
-        """Where a piece has less text than its speech calls for, decode the window in two, cut in its longest pause."""
-        offset = one.window.start / SAMPLE_RATE
+    def _try_parts(self, one: _Pending, decoded: Decoded) -> bool:
+        """Where a piece has less text than its speech calls for, decode the window cut in its longest pause and, so
+        that no part holds a repetition again, in the pauses before and behind it."""
+        window, offset = one.window, one.window.start / SAMPLE_RATE
         for piece in decoded.pieces:
             text = self.tokenizer.decode(piece.tokens)
             start, end = offset + piece.start, offset + piece.end
-            pause = self.sure.longest_pause(start, end)
-            if pause is None or not quality.is_sparse(text, self.sure.seconds(start, end)):
+            inside = self.sure.pauses(start, end)
+            if not inside or not quality.is_sparse(text, self.sure.seconds(start, end)):
                 continue
-            parts = halves(one.window, *(round(at * SAMPLE_RATE) for at in pause))
+            cuts = [max(inside, key=lambda pause: pause[1] - pause[0])]
+            for low, high in self.sure.pauses(offset, window.stop / SAMPLE_RATE):
+                if any(low - _EDGE_SECONDS <= edge <= high + _EDGE_SECONDS for edge in (start, end)):
+                    cuts.append((low, high))
+            pauses = [(round(low * SAMPLE_RATE), round(high * SAMPLE_RATE)) for low, high in sorted(set(cuts))]
+            parts = tuple(_Pending(part, one.language, with_prompt=one.with_prompt) for part in cut_at(window, pauses))
             least = quality.letters(decoded.attempt.text) + _MORE_LETTERS * quality.letters(text)
-            both = tuple(_Pending(part, one.language, with_prompt=one.with_prompt) for part in parts)
-            trial = _Trial(one, both, least)
-            for half in both:
-                half.trial = trial
-                self.outstanding.append(half)
-            for half in reversed(both):
-                self._submit(half, next_up=True)
+            trial = _Trial(one, parts, least)
+            for part in parts:
+                part.trial = trial
+                self.outstanding.append(part)
+            for part in reversed(parts):
+                self._submit(part, next_up=True)
             return True
         return False
 
     def _decide(self, trial: _Trial) -> None:
-        """Keep the whole or its halves, once both of these are decoded."""
-        if not all(half.decided for half in trial.halves):
+        """Keep the whole or its parts, once all of these are decoded."""
+        if not all(part.decided for part in trial.parts):
             return
-        for half in trial.halves:
-            half.trial = None  # else what they hold would wait for the collector of garbage
-        found = [(half, half.decoded) for half in trial.halves if half.decoded is not None]
-        sure = len(found) == len(trial.halves) and not any(_DOUBTS & decoded.flags for _, decoded in found)
+        for part in trial.parts:
+            part.trial = None  # else what they hold would wait for the collector of garbage
+        found = [(part, part.decoded) for part in trial.parts if part.decoded is not None]
+        sure = len(found) == len(trial.parts) and not any(_DOUBTS & decoded.flags for _, decoded in found)
         if sure and sum(quality.letters(decoded.attempt.text) for _, decoded in found) >= trial.least_letters:
             self.outstanding.remove(trial.whole)
-            self.n_windows += 1
-            self.total_seconds += sum(half.window.seconds for half, _ in found) - trial.whole.window.seconds
-            for half, decoded in found:
-                if not self._try_halves(half, decoded):
-                    self._keep(half, decoded)
+            self.n_windows += len(found) - 1
+            self.total_seconds += sum(part.window.seconds for part, _ in found) - trial.whole.window.seconds
+            for part, decoded in found:
+                if not self._try_parts(part, decoded):
+                    self._keep(part, decoded)
             return
-        for half in trial.halves:
-            self.outstanding.remove(half)
+        for part in trial.parts:
+            self.outstanding.remove(part)
         assert trial.whole.decoded is not None
         self._keep(trial.whole, trial.whole.decoded)
 

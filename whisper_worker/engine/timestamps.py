@@ -212,14 +212,13 @@ class Spans:
         place = bisect_right(self._ends, at)
         return max(self._starts[place], at) if place < len(self.all) else None
 
-    def longest_pause(self, start: float, end: float) -> tuple[float, float] | None:
-        """The longest gap in ``[start, end]`` with half a second of them on either side inside, if there is one."""
-        pauses = [
+    def pauses(self, start: float, end: float) -> list[tuple[float, float]]:
+        """The gaps in ``[start, end]`` that have half a second of them on either side inside."""
+        return [
             (low, high)
             for (_, low), (high, _) in itertools.pairwise(self.near(start, end))
             if min(self.seconds(start, low), self.seconds(high, end)) >= _PAUSE_MARGIN_SECONDS
         ]
-        return max(pauses, key=lambda pause: pause[1] - pause[0], default=None)
 
     def silence(self, start: float, end: float, total: float) -> float:
         """Length of the silence around an interval that overlaps none of them, in a file of ``total`` seconds."""
