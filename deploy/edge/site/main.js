@@ -256,8 +256,8 @@ addEventListener("beforeunload", (event) => dictation && event.preventDefault())
 if (navigator.mediaDevices) {
   navigator.mediaDevices.addEventListener("devicechange", listDevices);
   listDevices();
+  $("start").disabled = false; // a click before this line would be lost
 } else {
   problem("Browsers give a page the microphone only over https. Open this one with https:// in front.");
-  $("start").disabled = true;
 }
 askService();

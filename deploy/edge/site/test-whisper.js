@@ -98,3 +98,4 @@ function microphone() {
 $("options").addEventListener("submit", (event) => event.preventDefault());
 $("recording").addEventListener("click", recording);
 $("microphone").addEventListener("click", microphone);
+$("recording").disabled = $("microphone").disabled = false; // a click before this line would be lost
