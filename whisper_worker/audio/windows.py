@@ -94,7 +94,7 @@ def cut_at(window: Window, pauses: Sequence[tuple[int, int]]) -> list[Window]:
     """A window cut in rising pauses: speech ends at the first sample of a pair, and begins again at the second."""
     starts = [window.start, *(start for _, start in pauses)]
     stops = [*(end for end, _ in pauses), window.stop]
-    parts = [Window(start, stop, window.doubtful) for start, stop in zip(starts, stops, strict=True)]
+    parts = [Window(start, stop) for start, stop in zip(starts, stops, strict=True)]
     return [replace(part, doubtful=window.doubtful) for part in _pad(parts, window.start, window.stop)]
 
 

@@ -34,7 +34,7 @@ _ATTEMPTS_COMPARED = 3
 
 _LEAST_LETTERS_PER_SECOND = 9.0
 """Text that has fewer for a second of speech may leave some of it out. Of 800 pieces of read speech and prompts in
-seven languages about one in a hundred had; of 60 sentences that were said twice and written once, all."""
+eight languages about one in a hundred had; of 58 sentences that were said twice and written once, 57."""
 _LEAST_SPARSE_SECONDS = 2.5
 """Speech too short to tell a slow voice from a lost word."""
 
