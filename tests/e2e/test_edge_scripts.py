@@ -64,6 +64,7 @@ def caddy(live: LiveService, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 # -- written well --------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_shellcheck() -> None:
     program = shutil.which("shellcheck")
     if program is None:
