@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import awkward  # noqa: E402
 import common  # noqa: E402
 import times  # noqa: E402
+import vary  # noqa: E402
 from common import Entry, Span  # noqa: E402
 
 
@@ -194,3 +196,21 @@ def test_times_that_run_backwards_or_outside_are_counted() -> None:
     spans = [{"start": 0.0, "end": 2.0}, {"start": 1.0, "end": 3.0}, {"start": 4.0, "end": 3.5}, {"start": 5, "end": 9}]
     assert times.violations(spans, 8.0) == 3
     assert times.violations([{"start": 0.0, "end": 2.0}, {"start": 2.0, "end": 8.03}], 8.0) == 0
+
+
+# -- versions of recordings ----------------------------------------------------------------
+
+
+def test_the_first_version_is_the_recording_itself_and_the_others_are_hardly_different() -> None:
+    rng = np.random.default_rng(1)
+    recording = rng.integers(-32768, 32768, 16000).astype(np.int16)
+    first, *others = (version.of(recording, seed=3) for version in vary.VERSIONS)
+    assert np.array_equal(first, recording)
+    for version, heard in zip(vary.VERSIONS[1:], others, strict=True):
+        lead = len(heard) - len(recording)
+        assert lead == round(version.lead_s * 16000) > 0
+        likeness = np.corrcoef(heard[lead:].astype(float), recording.astype(float))[0, 1]
+        assert 0.95 < likeness < 1  # another level alone rounds otherwise; peaks are clipped
+        assert np.array_equal(heard, version.of(recording, seed=3))
+        silent = not heard[:lead].any()
+        assert silent is (version.noise_dbfs is None)
