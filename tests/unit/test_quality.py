@@ -160,21 +160,3 @@ def test_marks_and_blanks_do_not_make_words_of_clauses(heard: tuple[str, ...]) -
     assert not quality.is_invented([tried(text, -1.1) for text in heard], TranscribeOptions())
     others = ("ご視聴、ありがとう。", "次の動画で、お会いしましょう。")
     assert quality.is_invented([tried(text, -1.1) for text in (heard[0], *others)], TranscribeOptions())
-
-
-def test_letters_are_alike_in_all_scripts() -> None:
-    assert quality.letters(" Hello, world!") == 10
-    assert quality.letters("Привет") == 6
-    assert quality.letters("明日は") == 7.5
-    assert quality.letters("안녕") == 5
-    assert quality.letters("in 1642") == 2 + 16
-    assert quality.letters(" ... ") == 0
-
-
-def test_sparse_text_is_too_short_for_its_speech() -> None:
-    sentence = " The party you are trying to reach does not accept calls."
-    assert not quality.is_sparse(sentence, 4.0)
-    assert quality.is_sparse(sentence, 8.0)
-    assert not quality.is_sparse(" Yes.", 2.0), "a drawn-out word"
-    assert quality.is_sparse("客観的実在の判断的知識が成立するのである。", 9.0)
-    assert not quality.is_sparse("客観的実在の判断的知識が成立するのである。", 4.5)

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from whisper_worker.audio.vad import SpeechSpan, VoiceDetector, speech_spans
-from whisper_worker.audio.windows import PAD_SECONDS, Window, cut_at, plan_windows
-from whisper_worker.engine import quality
+from whisper_worker.audio.windows import PAD_SECONDS, Window, plan_windows
+from whisper_worker.engine import omissions, quality
 from whisper_worker.engine.assembly import Assembler, Decoded
 from whisper_worker.engine.quality import Attempt, Verdict
 from whisper_worker.engine.recognizer import N_FRAMES, DecodingOptions, ModelInfo
@@ -54,12 +54,6 @@ _REST_SECONDS = (0.3, 1.0)
 begun and not finished, and after one that it closed (its closing time may be a little early)."""
 
 _SHORT_REST_SECONDS = 2.0
-
-_MORE_LETTERS = 0.5
-"""Share of a piece's letters by which its window's text must grow for the parts to be believed."""
-
-_EDGE_SECONDS = 0.5
-"""How far from a pause the model may put the beginning or the end of a piece."""
 
 _DOUBTS = frozenset({"low_logprob", "loop", "prompt_echo"})
 
@@ -446,30 +440,19 @@ class _Run:
     # -- what may have been left out -------------------------------------------------------
 
     def _try_parts(self, one: _Pending, decoded: Decoded) -> bool:
-        """Where a piece has less text than its speech calls for, decode the window cut in its longest pause and, so
-        that no part holds a repetition again, in the pauses before and behind it."""
-        window, offset = one.window, one.window.start / SAMPLE_RATE
-        for piece in decoded.pieces:
-            text = self.tokenizer.decode(piece.tokens)
-            start, end = offset + piece.start, offset + piece.end
-            inside = self.sure.pauses(start, end)
-            if not inside or not quality.is_sparse(text, self.sure.seconds(start, end)):
-                continue
-            cuts = [max(inside, key=lambda pause: pause[1] - pause[0])]
-            for low, high in self.sure.pauses(offset, window.stop / SAMPLE_RATE):
-                if any(low - _EDGE_SECONDS <= edge <= high + _EDGE_SECONDS for edge in (start, end)):
-                    cuts.append((low, high))
-            pauses = [(round(low * SAMPLE_RATE), round(high * SAMPLE_RATE)) for low, high in sorted(set(cuts))]
-            parts = tuple(_Pending(part, one.language, with_prompt=one.with_prompt) for part in cut_at(window, pauses))
-            least = quality.letters(decoded.attempt.text) + _MORE_LETTERS * quality.letters(text)
-            trial = _Trial(one, parts, least)
-            for part in parts:
-                part.trial = trial
-                self.outstanding.append(part)
-            for part in reversed(parts):
-                self._submit(part, next_up=True)
-            return True
-        return False
+        """Have a window whose text may have left something out decoded in parts."""
+        texts = [self.tokenizer.decode(piece.tokens) for piece in decoded.pieces]
+        hearing = omissions.again(one.window, decoded.pieces, texts, self.sure)
+        if hearing is None:
+            return False
+        parts = tuple(_Pending(part, one.language, with_prompt=one.with_prompt) for part in hearing.parts)
+        trial = _Trial(one, parts, hearing.least_letters)
+        for part in parts:
+            part.trial = trial
+            self.outstanding.append(part)
+        for part in reversed(parts):
+            self._submit(part, next_up=True)
+        return True
 
     def _decide(self, trial: _Trial) -> None:
         """Keep the whole or its parts, once all of these are decoded."""
@@ -479,7 +462,7 @@ class _Run:
             part.trial = None  # else what they hold would wait for the collector of garbage
         found = [(part, part.decoded) for part in trial.parts if part.decoded is not None]
         sure = len(found) == len(trial.parts) and not any(_DOUBTS & decoded.flags for _, decoded in found)
-        if sure and sum(quality.letters(decoded.attempt.text) for _, decoded in found) >= trial.least_letters:
+        if sure and sum(omissions.letters(decoded.attempt.text) for _, decoded in found) >= trial.least_letters:
             self.outstanding.remove(trial.whole)
             self.n_windows += len(found) - 1
             self.total_seconds += sum(part.window.seconds for part, _ in found) - trial.whole.window.seconds

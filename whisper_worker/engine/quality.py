@@ -32,16 +32,8 @@ windows in noise of 0 and -5 dB that had less, a tenth of the words were right; 
 _ATTEMPTS_COMPARED = 3
 """Least number of attempts whose contradiction means something."""
 
-_LEAST_LETTERS_PER_SECOND = 9.0
-"""Text that has fewer for a second of speech may leave some of it out. Of 800 pieces of read speech and prompts in
-eight languages about one in a hundred had; of 58 sentences that were said twice and written once, 57."""
-_LEAST_SPARSE_SECONDS = 2.5
-"""Speech too short to tell a slow voice from a lost word."""
-
 # Thai, Lao, Tibetan and Burmese; Khmer; kana; Chinese characters; kana of half width; rarer Chinese characters.
 _NO_BLANKS = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-_SYLLABLES = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
-"""Characters that stand for a syllable or more."""
 _WORD = re.compile(f"[{_NO_BLANKS}]|[^\\s{_NO_BLANKS}]+")
 
 
@@ -182,21 +174,6 @@ def longest_repeat(tokens: Sequence[int]) -> int:
             same = same + 1 if tokens[place] == tokens[place - size] else 0
             most = max(most, same // size + 1)
     return most
-
-
-def letters(text: str) -> float:
-    """How much there is to say in a text, in letters of an alphabet: a Chinese character, a kana or a Korean syllable
-    counts as 2.5 of them, a digit as 4, since numbers are said in words."""
-    n_syllables = len(_SYLLABLES.findall(text))
-    return sum(4.0 if c.isdigit() else 1.0 for c in text if c.isalnum()) + 1.5 * n_syllables
-
-
-def is_sparse(text: str, speech_seconds: float) -> bool:
-    """Whether a text is so short for its speech that some of it may have been left out.
-
-    Whisper writes a sentence that is said twice once, more often than not, with times that cover both.
-    """
-    return speech_seconds >= _LEAST_SPARSE_SECONDS and letters(text) < _LEAST_LETTERS_PER_SECOND * speech_seconds
 
 
 def is_prompt_echo(text: str, prompt: str | None) -> bool:

@@ -1,0 +1,45 @@
+"""Text that is too short for its speech."""
+
+from __future__ import annotations
+
+from whisper_worker.audio.windows import Window
+from whisper_worker.engine import omissions
+from whisper_worker.engine.timestamps import Piece, Spans
+
+SENTENCE = " The party you are trying to reach does not accept calls."
+
+
+def test_letters_are_alike_in_all_scripts() -> None:
+    assert omissions.letters(" Hello, world!") == 10
+    assert omissions.letters("Привет") == 6
+    assert omissions.letters("明日は") == 7.5
+    assert omissions.letters("안녕") == 5
+    assert omissions.letters("in 1642") == 2 + 16
+    assert omissions.letters(" ... ") == 0
+
+
+def test_sparse_text_is_too_short_for_its_speech() -> None:
+    assert not omissions.is_sparse(SENTENCE, 4.0)
+    assert omissions.is_sparse(SENTENCE, 8.0)
+    assert not omissions.is_sparse(" Yes.", 2.0), "a drawn-out word"
+    assert omissions.is_sparse("客観的実在の判断的知識が成立するのである。", 9.0)
+    assert not omissions.is_sparse("客観的実在の判断的知識が成立するのである。", 4.5)
+
+
+def test_a_window_is_cut_around_what_may_be_said_twice() -> None:
+    """Said three times from 10.5 s on: a piece over the first two, written once, and a third that is whole."""
+    window = Window(160_000, 384_000)
+    sure = Spans([(10.5, 14.5), (15.0, 19.0), (19.4, 23.4)])
+    pieces = [Piece(0.4, 9.2, ()), Piece(9.2, 13.6, ())]
+    hearing = omissions.again(window, pieces, [SENTENCE, SENTENCE], sure)
+    assert hearing is not None
+    bounds = [(part.start / 16_000, part.stop / 16_000) for part in hearing.parts]
+    assert bounds == [(10.0, 14.75), (14.75, 19.2), (19.2, 24.0)]
+    assert hearing.least_letters == 2.5 * omissions.letters(SENTENCE)
+
+
+def test_a_window_with_text_enough_is_left_alone() -> None:
+    sure = Spans([(0.5, 4.5), (5.0, 9.0)])
+    assert omissions.again(Window(0, 160_000), [Piece(0.4, 9.2, ())], [2 * SENTENCE], sure) is None
+    unbroken = Spans([(0.5, 9.0)])
+    assert omissions.again(Window(0, 160_000), [Piece(0.4, 9.2, ())], [SENTENCE], unbroken) is None
