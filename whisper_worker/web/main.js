@@ -462,4 +462,5 @@ if (obstacle()) {
   $("record-hint").textContent = obstacle();
   $("record-hint").hidden = false;
 }
+$("choices").disabled = false; // a click before this line would be lost
 meet();
