@@ -231,3 +231,11 @@ def test_a_directory_that_others_may_enter_is_not_used(runtime: Path) -> None:
 def test_what_changes_the_model_takes_another_service(other: dict[str, Any]) -> None:
     assert service_key(Settings()) != service_key(Settings(**other))
     assert service_key(Settings()) == service_key(Settings(log_format="json"))
+
+
+def test_other_cards_take_another_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = set()
+    for cards in ("0", "1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", cards)
+        keys.add(service_key(Settings()))
+    assert len(keys) == 2

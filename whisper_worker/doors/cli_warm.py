@@ -1,6 +1,6 @@
 """A model that stays loaded between calls: a local service on a Unix socket, started on demand.
 
-There is one for each model, device, precision and version, in a directory that only this
+There is one for each model, device (with the cards it may see), precision and version, in a directory that only this
 user may enter. Whoever finds none starts it, under a lock, so that two who start at once get
 one. It ends by itself after it was idle for long enough. Where it cannot be had, the work is
 done in the calling process.
@@ -192,7 +192,8 @@ def service_key(settings: Settings) -> str:
     for name in ("model", "model_cache"):
         if Path(asked[name]).is_dir():  # the same word means another model elsewhere
             asked[name] = str(Path(asked[name]).absolute())
-    text = json.dumps({"version": __version__, "python": sys.executable, **asked})
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES")  # a service sees those that its first caller saw
+    text = json.dumps({"version": __version__, "python": sys.executable, "cards": cards, **asked})
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
