@@ -256,6 +256,23 @@ def test_other_compute_types_stay_near_float32(reference: Any, checkpoint: Path,
 
 
 @one_shape
+@pytest.mark.parametrize("group", [1, 3])
+@torch.no_grad()
+def test_nothing_is_made_on_another_device_than_the_model(reference: Any, checkpoint: Path, group: int) -> None:
+    """On torch's device without data, which is as strict about mixing devices as a card."""
+    model = weights.load(checkpoint, "float32", "meta")
+    encoded = model.encode([_mel(reference, n_frames) for n_frames in (300, 300, 500)])
+    state = model.new_state(encoded, group, 40)
+    logits = [state.begin([[5, 6], [5, 6], [5, 6, 7]], [[0, 1], [0, 1], [0, 2]])]
+    for _ in range(2):
+        logits.append(state.step(torch.zeros(3 * group, 1, dtype=torch.long, device="meta")))
+        state.reorder_rows(torch.zeros(3 * group, dtype=torch.long, device="meta"))
+    attention, hidden = model.cross_attention(encoded[0], torch.zeros(4, dtype=torch.long, device="meta"), [(0, 1)])
+    for tensor in (*encoded, *logits, attention, hidden):
+        assert tensor.device.type == "meta"
+
+
+@one_shape
 def test_sharded_checkpoints_load(reference: Any, checkpoint: Path, tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path, max_shard_size="200KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
