@@ -16,6 +16,8 @@ def test_letters_are_alike_in_all_scripts() -> None:
     assert omissions.letters("안녕") == 5
     assert omissions.letters("in 1642") == 2 + 16
     assert omissions.letters(" ... ") == 0
+    assert omissions.letters("वणक्कम்") == 7, "vowels upon consonants count"
+    assert omissions.letters("ሰላም") == 7.5
 
 
 def test_sparse_text_is_too_short_for_its_speech() -> None:
@@ -43,3 +45,20 @@ def test_a_window_with_text_enough_is_left_alone() -> None:
     assert omissions.again(Window(0, 160_000), [Piece(0.4, 9.2, ())], [2 * SENTENCE], sure) is None
     unbroken = Spans([(0.5, 9.0)])
     assert omissions.again(Window(0, 160_000), [Piece(0.4, 9.2, ())], [SENTENCE], unbroken) is None
+
+
+def test_each_edge_is_one_cut_and_the_sparsest_piece_is_the_one() -> None:
+    """Slow speech, and what may be said twice, with two pauses near its end: the nearer one is cut."""
+    sure = Spans([(0.5, 3.5), (4.0, 7.0), (8.0, 12.0), (12.5, 16.5), (16.7, 17.0), (17.2, 21.0)])
+    pieces = [Piece(0.4, 7.5, ()), Piece(7.5, 16.6, ()), Piece(17.1, 21.2, ())]
+    texts = [SENTENCE, SENTENCE, SENTENCE]
+    hearing = omissions.again(Window(0, 340_800), pieces, texts, sure)
+    assert hearing is not None
+    assert [part.stop / 16_000 for part in hearing.parts] == [7.3, 12.25, 16.6, 21.3]
+
+
+def test_a_few_letters_are_no_more_text() -> None:
+    sure = Spans([(0.5, 4.5), (5.0, 9.0)])
+    hearing = omissions.again(Window(0, 160_000), [Piece(0.4, 9.2, ())], [" No."], sure)
+    assert hearing is not None
+    assert hearing.least_letters == 10

@@ -450,6 +450,39 @@ def test_a_recording_is_let_go_with_its_job(
         gc.enable()
 
 
+def test_what_is_encoded_is_let_go_when_a_trial_is_cancelled(
+    run: Callable[..., PipelineResult], english: Tokenizer
+) -> None:
+    class State(float):
+        pass
+
+    class Watched(Scripted):
+        def encode(self, mels: Sequence[torch.Tensor]) -> list[Any]:
+            states = [State(length) for length in super().encode(mels)]
+            alive.update(states)
+            return states
+
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        if seconds < 6:
+            token.cancel()
+        return said_once(seconds, row, options)
+
+    alive: weakref.WeakSet[State] = weakref.WeakSet()
+    token = CancelToken()
+    gc.disable()
+    try:
+        recognizer = Watched(english, script)
+        with pytest.raises(Cancelled):
+            run(recognizer, Detector((0.0, 4.0), (4.6, 8.6)), 10.0, PLAIN, cancel=token)
+        recognizer.rows.clear()
+        deadline = time.monotonic() + 5
+        while alive and time.monotonic() < deadline:
+            time.sleep(0.01)  # The batch in hand is still to end.
+        assert not alive
+    finally:
+        gc.enable()
+
+
 def test_the_receipt_knows_speech_that_gave_no_text(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
     def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
         return ([], -0.1, 0.0) if seconds > 6 else ([(0.0, seconds - 0.3, " Heard.")], -0.1, 0.0)
@@ -516,6 +549,89 @@ def test_parts_that_are_doubted_replace_nothing(
     result = run(Scripted(english, script), Detector((0.0, 4.0), (4.6, 8.6)), 10.0, PLAIN)
     assert len(result.segments) == (1 if logprob < -1 else 2)
     assert result.segments[0].flags == ()
+
+
+def test_parts_are_believed_for_what_they_say_where_the_whole_was_read(
+    run: Callable[..., PipelineResult], english: Tokenizer
+) -> None:
+    """Slow speech, and behind it more that the whole left unread: that is no text which the parts had found."""
+    fast = " And then there is quite a lot of text that is said at a rather normal speed, all in a breath."
+
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        if seconds > 12:
+            return [(0.0, 8.8, " I am slow of speech."), (8.8, None, " And")], -0.2, 0.01
+        text = fast if seconds > 6 else " I am slow." if seconds < 4 else " Of speech."
+        return [(0.0, seconds - 0.3, text)], -0.2, 0.01
+
+    result = run(Scripted(english, script), Detector((0.5, 3.5), (4.0, 9.0), (9.6, 17.0)), 18.0, PLAIN)
+    assert [segment.text for segment in result.segments] == [" I am slow of speech.", fast]
+
+
+@pytest.mark.parametrize(
+    ("whole", "parts"),
+    [
+        (SENTENCE, [(0.0, " To reach."), (None, " And so on and so on, as nobody ever said it, at length.")]),
+        (" ...", [(0.0, " .")]),
+        (" No.", [(0.0, " Nope.")]),
+    ],
+    ids=["unfinished", "no letters", "another spelling"],
+)
+def test_parts_that_hardly_say_more_replace_nothing(
+    run: Callable[..., PipelineResult], english: Tokenizer, whole: str, parts: list[tuple[float | None, str]]
+) -> None:
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        if seconds > 6:
+            return [(0.0, seconds - 0.3, whole)], -0.2, 0.01
+        end = seconds - 0.4
+        said: Said = [(0.0, end, text) if finished is not None else (end, None, text) for finished, text in parts]
+        return said, -0.2, 0.01
+
+    result = run(Scripted(english, script), Detector((0.0, 4.0), (4.6, 8.6)), 10.0, PLAIN)
+    assert [segment.text for segment in result.segments] == [whole]
+
+
+def test_a_lost_trial_is_soon_over(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        return [(0.0, seconds - 0.3, SENTENCE)], -0.2 if seconds > 6 else -1.5, 0.01
+
+    recognizer = Scripted(english, script)
+    result = run(recognizer, Detector((0.0, 4.0), (4.6, 8.6)), 10.0, PLAIN)
+    assert len(recognizer.rows) <= 5
+    assert {options.temperature for options in recognizer.steps} == {0.0}
+    assert (result.windows, result.retried_windows) == (1, 0)
+
+
+def test_parts_of_parts_are_passed_on_in_order(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    names = {
+        3.0: " The quick fox jumps.",
+        3.5: " She sells shells.",
+        4.0: " Hands make work.",
+        4.5: " It always pours.",
+    }
+
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        place = min(names, key=lambda length: abs(length + 0.3 - seconds)) if seconds < 6 else 3.0
+        return [(0.0, seconds - 0.3, names[place])], -0.2, 0.01
+
+    recognizer = Scripted(english, script)
+    detector = Detector((0.5, 3.5), (3.9, 7.4), (8.2, 12.2), (12.6, 17.1), (30.0, 32.6))
+    result = run(recognizer, detector, 40.0, TranscribeOptions(condition_on_previous_text=True))
+    texts = [segment.text for segment in result.segments]
+    assert texts == [*names.values(), names[3.0]]
+    assert english.decode(recognizer.rows[-1].prompt) == "".join(texts[:-1])
+    for row in recognizer.rows:
+        assert "".join(texts).startswith(english.decode(row.prompt)), "nothing is prompted with what comes later"
+
+
+def test_a_window_is_retried_once(run: Callable[..., PipelineResult], english: Tokenizer) -> None:
+    def script(seconds: float, row: DecodingRow, options: DecodingOptions) -> tuple[Said, float, float]:
+        text = " A glossary of product names." if row.prompt else " What was really said."
+        return [(0.0, seconds - 0.3, text)], -0.2 if row.state > 29 else -1.5, 0.01
+
+    options = TranscribeOptions(initial_prompt="A glossary of product names.")
+    result = run(Scripted(english, script), Detector((0.0, 4.0)), 5.0, options)
+    assert result.segments[0].text == " What was really said."
+    assert (result.windows, result.retried_windows) == (1, 1)
 
 
 def test_options_an_engine_lacks_are_named(run: Callable[..., PipelineResult], english: Tokenizer) -> None:

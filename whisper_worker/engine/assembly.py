@@ -33,6 +33,8 @@ class Decoded:
     language: str | None
     attempt: Attempt
     pieces: Sequence[Piece]
+    read: float
+    """Seconds of the window up to where its text ends."""
     flags: AbstractSet[str]
 
 

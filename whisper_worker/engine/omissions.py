@@ -6,6 +6,7 @@ Whisper writes a sentence that is said twice once, more often than not, with tim
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,11 +22,15 @@ _LEAST_SPARSE_SECONDS = 2.5
 
 _MORE_LETTERS = 0.5
 """Share of a piece's letters by which its window's text must grow for the parts to be believed."""
+_LEAST_MORE_LETTERS = 8.0
+"""Less than this may be another spelling."""
 
 _EDGE_SECONDS = 0.5
 """How far from a pause the model may put the beginning or the end of a piece."""
 
-_SYLLABLES = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
+_SYLLABLES = re.compile(
+    "[\u1200-\u137f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
 """Characters that stand for a syllable or more."""
 
 
@@ -41,30 +46,41 @@ class Hearing:
 def again(window: Window, pieces: Sequence[Piece], texts: Sequence[str], sure: Spans) -> Hearing | None:
     """How to hear a window again of which a piece has less text than its speech calls for, if one has.
 
-    ``texts`` are those of the pieces; ``sure`` is the recording's detected speech, in its seconds. The window is
-    cut in the first such piece's longest pause and, so that no part holds a repetition again, in the pauses before
-    and behind it.
+    ``texts`` are those of the pieces; ``sure`` is the recording's detected speech, in its seconds. Of several such
+    pieces the sparsest counts. The window is cut in its longest pause and, so that no part holds a repetition
+    again, in those where it begins and ends.
     """
     offset = window.start / SAMPLE_RATE
+    sparse = []
     for piece, text in zip(pieces, texts, strict=True):
         start, end = offset + piece.start, offset + piece.end
-        inside = sure.pauses(start, end)
-        if not inside or not is_sparse(text, sure.seconds(start, end)):
-            continue
-        cuts = {max(inside, key=lambda pause: pause[1] - pause[0])}
-        for low, high in sure.pauses(offset, window.stop / SAMPLE_RATE):
-            if any(low - _EDGE_SECONDS <= edge <= high + _EDGE_SECONDS for edge in (start, end)):
-                cuts.add((low, high))
-        pauses = [(round(low * SAMPLE_RATE), round(high * SAMPLE_RATE)) for low, high in sorted(cuts)]
-        return Hearing(tuple(cut_at(window, pauses)), sum(map(letters, texts)) + _MORE_LETTERS * letters(text))
-    return None
+        seconds = sure.seconds(start, end)
+        if is_sparse(text, seconds) and sure.pauses(start, end):
+            sparse.append((letters(text) / seconds, start, end))
+    if not sparse:
+        return None
+    density, start, end = min(sparse)
+    cuts = {max(sure.pauses(start, end), key=lambda pause: pause[1] - pause[0])}
+    around = sure.pauses(offset, window.stop / SAMPLE_RATE)
+    for edge in (start, end):
+        near = [pause for pause in around if _distance(pause, edge) <= _EDGE_SECONDS]
+        cuts.update(sorted(near, key=lambda pause: _distance(pause, edge))[:1])
+    pauses = [(round(low * SAMPLE_RATE), round(high * SAMPLE_RATE)) for low, high in sorted(cuts)]
+    more = max(_LEAST_MORE_LETTERS, _MORE_LETTERS * density * sure.seconds(start, end))
+    return Hearing(tuple(cut_at(window, pauses)), sum(map(letters, texts)) + more)
+
+
+def _distance(pause: tuple[float, float], at: float) -> float:
+    return max(pause[0] - at, at - pause[1], 0.0)
 
 
 def letters(text: str) -> float:
-    """How much there is to say in a text, in letters of an alphabet: a Chinese character, a kana or a Korean syllable
-    counts as 2.5 of them, a digit as 4, since numbers are said in words."""
+    """How much there is to say in a text, in letters of an alphabet: a Chinese character, a kana, a Korean or
+    Ethiopic syllable counts as 2.5 of them, a digit as 4, since numbers are said in words."""
     n_syllables = len(_SYLLABLES.findall(text))
-    return sum(4.0 if c.isdigit() else 1.0 for c in text if c.isalnum()) + 1.5 * n_syllables
+    # Vowels of Indian scripts and of Thai are marks upon their consonants.
+    said = (c for c in text if c.isalnum() or unicodedata.category(c) in ("Mn", "Mc"))
+    return sum(4.0 if c.isdigit() else 1.0 for c in said) + 1.5 * n_syllables
 
 
 def is_sparse(text: str, speech_seconds: float) -> bool:

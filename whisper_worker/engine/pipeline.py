@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +54,13 @@ _REST_SECONDS = (0.3, 1.0)
 begun and not finished, and after one that it closed (its closing time may be a little early)."""
 
 _SHORT_REST_SECONDS = 2.0
+"""Speech in a rest below which its text must be surer than usual."""
+
+_PART_ATTEMPTS = 2
+"""Searches of a part of a window; what it takes a temperature to say replaces nothing."""
 
 _DOUBTS = frozenset({"low_logprob", "loop", "prompt_echo"})
+"""Flags of text that does not replace another."""
 
 _GAP_SECONDS = 1.0
 """Least length of detected speech without text that the receipt reports."""
@@ -89,22 +94,22 @@ class _Pending:
     with_prompt: bool = True
     wide: bool = False
     """Encoded with silence up to 30 s behind it, as in Whisper's training."""
+    retried: bool = False
     probabilities: dict[str, float] = field(default_factory=dict)
-    read: float = 0.0
-    """Seconds of the window up to where its text ends."""
-    trial: _Trial | None = None
-    """Of which it is a part."""
-    decided: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class _Trial:
     """A window whose text is short for its speech is heard again in parts, which replace it if they say more."""
 
-    whole: _Pending
+    whole: Decoded
+    pending: _Pending
     parts: tuple[_Pending, ...]
     least_letters: float
     """What the parts' text must come to."""
+    n_settled: int = 0
+    lost: bool = False
+    """A part that is silent or in doubt decides it: the whole stands."""
 
 
 class Pipeline:
@@ -186,8 +191,8 @@ class _Run:
         self.attempts = quality.ladder(options, self._suppressed())
         self.prompt_text = " ".join(text for text in (options.hotwords, options.initial_prompt) if text) or None
         self.given = tuple(self.tokenizer.encode(" " + self.prompt_text.strip())) if self.prompt_text else ()
-        self.prompt = self.given
-        self.previous: tuple[int, ...] = ()
+        self.told: list[tuple[int, tuple[int, ...] | None]] = []
+        """What ``condition_on_previous_text`` passes on: where windows begin, and their text; None of a hot decode."""
         self.prefix = tuple(self.tokenizer.encode(" " + options.prefix.strip())) if options.prefix else ()
         most = self.info.max_target_positions // 4
         if len(self.prefix) > most:
@@ -210,6 +215,8 @@ class _Run:
         if self.warnings and options.strict:
             raise InvalidInput(" ".join(self.warnings) + " Correct or remove it, or send strict=false.")
         self.outstanding: list[_Pending] = []
+        # By part. Were it a part's own field, what they hold would wait for the collector of garbage.
+        self.trials: dict[_Pending, _Trial] = {}
         self.waiting_segments: list[tuple[int, list[Segment]]] = []
         self.segments: list[Segment] = []
         self.retried = 0
@@ -350,7 +357,7 @@ class _Run:
             options=options,
             tokens=tokens,
             language=one.language,
-            prompt=self.prompt if options and one.with_prompt and tokens is None else (),
+            prompt=self._prompt(window) if options and one.with_prompt and tokens is None else (),
             prefix=self.prefix if options and tokens is None and window.start == self.first_start else (),
             state=one.state,
         )
@@ -364,19 +371,23 @@ class _Run:
 
     def _one_after_another(self, pending: Sequence[_Pending]) -> None:
         """``condition_on_previous_text``: each window is prompted with the text before it, so none can share
-        a batch with another window of this job."""
+        a batch with another planned window of this job."""
+        last = self.first_start
         for one in pending:
-            self.previous = ()
+            self.told = [(start, tokens) for start, tokens in self.told if start >= last]
+            last = one.window.start
             self.outstanding.append(one)
             self._submit(one)
             while self.outstanding:
                 self._handle(self.job.next_done())
 
-    def _pass_on(self, decoded: Decoded) -> None:
-        """Prompt what is decoded next with this window's text so far, unless it comes of a hot decode."""
-        hot = decoded.attempt.result.temperature > 0.5
-        self.previous = () if hot else (*self.previous, *self._said(decoded))
-        self.prompt = (*self.given, *self.previous)[-(self.info.max_target_positions // 2 - 1) :]
+    def _prompt(self, window: Window) -> tuple[int, ...]:
+        """What is decoded before a window: what the caller gave, and the text before it since the last hot decode."""
+        previous: tuple[int, ...] = ()
+        for start, tokens in sorted(self.told, key=lambda told: told[0]):
+            if start < window.start:
+                previous = () if tokens is None else (*previous, *tokens)
+        return (*self.given, *previous)[-(self.info.max_target_positions // 2 - 1) :]
 
     def _handle(self, work: Work) -> None:
         """Take one finished piece of work a step further."""
@@ -391,17 +402,12 @@ class _Run:
         loop = quality.is_loop(said, text, self._sure_seconds(one.window))
         one.tried.append(quality.attempt(work.result, text, loop=loop))
         verdict = quality.judge(one.tried, self.attempts, self.options, doubtful=one.window.doubtful)
-        if verdict is Verdict.RETRY and len(one.tried) < len(self.attempts):
-            if len(one.tried) == 1:
-                self.retried += 1
+        if verdict is Verdict.RETRY and len(one.tried) < self._most_attempts(one):
+            one.retried = True
             self._submit(one, next_up=True)
             return
         if verdict is Verdict.SILENCE or (verdict is Verdict.RETRY and quality.is_invented(one.tried, self.options)):
-            one.decided = True
-            if one.trial is not None:
-                self._decide(one.trial)
-            else:
-                self._complete(one, [])
+            self._settle(one)
             return
         repeated = verdict is Verdict.ACCEPT and one.tried[-1].compression_ratio > (
             self.options.compression_ratio_threshold or float("inf")
@@ -416,21 +422,41 @@ class _Run:
                 one.wide, one.state = False, None
             self._submit(one, next_up=True)
             return
-        pieces, one.read = self._pieces(one, kept)
+        pieces, read = self._pieces(one, kept)
         flags = self._flags(one, kept, failed=verdict is Verdict.RETRY)
-        one.decoded = Decoded(one.window, one.language, kept, pieces, flags)
-        one.decided = True
-        if one.trial is not None:
-            self._decide(one.trial)
+        one.decoded = Decoded(one.window, one.language, kept, pieces, read, flags)
+        self._settle(one)
+
+    def _most_attempts(self, one: _Pending) -> int:
+        """A part that is still unsure after its second search replaces nothing, nor does any once one of them has
+        lost."""
+        trial = self.trials.get(one)
+        if trial is None:
+            return len(self.attempts)
+        return 0 if trial.lost else min(_PART_ATTEMPTS, len(self.attempts))
+
+    def _settle(self, one: _Pending) -> None:
+        """No more is decoded of a window as such; it has no ``decoded`` where nothing was said."""
+        trial = self.trials.pop(one, None)
+        if trial is not None:
+            trial.lost |= one.decoded is None or bool(_DOUBTS & one.decoded.flags)
+            trial.n_settled += 1
+            if trial.n_settled == len(trial.parts):
+                self._decide(trial)
+        elif one.decoded is None:
+            self._complete(one, [])
         elif not self._try_parts(one, one.decoded):
             self._keep(one, one.decoded)
 
     def _keep(self, one: _Pending, decoded: Decoded) -> None:
         """Take a window's text as it is."""
-        if self.options.condition_on_previous_text:
-            self._pass_on(decoded)
-        self._queue_rest(one, decoded, one.read)
         tokens = self._said(decoded)
+        if self.options.condition_on_previous_text:
+            hot = decoded.attempt.result.temperature > 0.5
+            self.told.append((decoded.window.start, None if hot else tokens))
+        rest = self._add_rest(one, decoded)
+        if rest is not None:
+            self._submit(rest, next_up=True)
         if self.options.word_timestamps and tokens:
             aligned = self._work(one, DecodingOptions(task=self.options.task), tokens)
             self.job.submit(aligned)
@@ -440,40 +466,40 @@ class _Run:
     # -- what may have been left out -------------------------------------------------------
 
     def _try_parts(self, one: _Pending, decoded: Decoded) -> bool:
-        """Have a window whose text may have left something out decoded in parts."""
-        texts = [self.tokenizer.decode(piece.tokens) for piece in decoded.pieces]
-        hearing = omissions.again(one.window, decoded.pieces, texts, self.sure)
+        """Have a window whose text may have left something out decoded in parts, up to where it was read."""
+        rest = self._rest(decoded)
+        read = replace(one.window, stop=rest.start) if rest else one.window
+        hearing = omissions.again(read, decoded.pieces, self._texts(decoded), self.sure)
         if hearing is None:
             return False
         parts = tuple(_Pending(part, one.language, with_prompt=one.with_prompt) for part in hearing.parts)
-        trial = _Trial(one, parts, hearing.least_letters)
-        for part in parts:
-            part.trial = trial
-            self.outstanding.append(part)
+        self.trials |= dict.fromkeys(parts, _Trial(decoded, one, parts, hearing.least_letters))
+        self.outstanding += parts
         for part in reversed(parts):
             self._submit(part, next_up=True)
         return True
 
     def _decide(self, trial: _Trial) -> None:
-        """Keep the whole or its parts, once all of these are decoded."""
-        if not all(part.decided for part in trial.parts):
-            return
-        for part in trial.parts:
-            part.trial = None  # else what they hold would wait for the collector of garbage
+        """Keep the whole or its parts, all of which are decoded."""
         found = [(part, part.decoded) for part in trial.parts if part.decoded is not None]
-        sure = len(found) == len(trial.parts) and not any(_DOUBTS & decoded.flags for _, decoded in found)
-        if sure and sum(omissions.letters(decoded.attempt.text) for _, decoded in found) >= trial.least_letters:
-            self.outstanding.remove(trial.whole)
-            self.n_windows += len(found) - 1
-            self.total_seconds += sum(part.window.seconds for part, _ in found) - trial.whole.window.seconds
-            for part, decoded in found:
-                if not self._try_parts(part, decoded):
-                    self._keep(part, decoded)
+        letters = sum(omissions.letters(text) for _, decoded in found for text in self._texts(decoded))
+        if trial.lost or letters < trial.least_letters:
+            for part in trial.parts:
+                self.outstanding.remove(part)
+            self._keep(trial.pending, trial.whole)
             return
-        for part in trial.parts:
-            self.outstanding.remove(part)
-        assert trial.whole.decoded is not None
-        self._keep(trial.whole, trial.whole.decoded)
+        rest = self._add_rest(trial.pending, trial.whole)  # first, or what lies behind it would be told before it
+        self.outstanding.remove(trial.pending)
+        self.n_windows += len(found) - 1
+        self.total_seconds += sum(part.window.seconds for part, _ in found) - trial.pending.window.seconds
+        for part, decoded in found:
+            if not self._try_parts(part, decoded):
+                self._keep(part, decoded)
+        if rest is not None:
+            self._submit(rest, next_up=True)
+
+    def _texts(self, decoded: Decoded) -> list[str]:
+        return [self.tokenizer.decode(piece.tokens) for piece in decoded.pieces]
 
     def _said(self, decoded: Decoded) -> tuple[int, ...]:
         return tuple(token for piece in decoded.pieces for token in piece.tokens if token < self.tokenizer.eot)
@@ -499,25 +525,30 @@ class _Run:
         pieces, read = cut_pieces(kept.result.tokens, self.tokenizer, seconds)
         return [piece for piece in pieces if self.tokenizer.decode(piece.tokens).strip()], read
 
-    def _queue_rest(self, one: _Pending, decoded: Decoded, read: float) -> None:
-        """Decode again what lies behind the last timestamp, if there is speech in it."""
-        window, tokens = one.window, decoded.attempt.result.tokens
-        at, end = window.start / SAMPLE_RATE + read, window.stop / SAMPLE_RATE
+    def _rest(self, decoded: Decoded) -> Window | None:
+        """What lies behind a window's last timestamp, if there is speech in it."""
+        window, tokens = decoded.window, decoded.attempt.result.tokens
+        at, end = window.start / SAMPLE_RATE + decoded.read, window.stop / SAMPLE_RATE
         unfinished = tokens and not (len(tokens) > 1 and tokens[-1] >= self.tokenizer.timestamp_begin > tokens[-2])
         speech = self.sure.seconds(at, end)
         first = self.sure.after(at)
-        if read <= 0 or not decoded.pieces or first is None or speech < _REST_SECONDS[0 if unfinished else 1]:
-            return
+        if decoded.read <= 0 or not decoded.pieces or first is None or speech < _REST_SECONDS[0 if unfinished else 1]:
+            return None
         start = round(max(at, first - PAD_SECONDS) * SAMPLE_RATE)
         # The model saw the end of a short rest and said nothing: what it says now must be all the surer.
         rest = Window(start - start % 160, window.stop, window.doubtful or speech < _SHORT_REST_SECONDS)
-        if rest.start <= window.start:
-            return
+        return rest if rest.start > window.start else None
+
+    def _add_rest(self, one: _Pending, decoded: Decoded) -> _Pending | None:
+        """Book the rest of a window as outstanding, if there is one."""
+        rest = self._rest(decoded)
+        if rest is None:
+            return None
         again = _Pending(rest, one.language, with_prompt=one.with_prompt)
         self.n_windows += 1
         self.total_seconds += rest.seconds
         self.outstanding.append(again)
-        self._submit(again, next_up=True)
+        return again
 
     def _sure_seconds(self, window: Window) -> float:
         return self.sure.seconds(window.start / SAMPLE_RATE, window.stop / SAMPLE_RATE)
@@ -528,6 +559,7 @@ class _Run:
         """Book a window as done and let go of all segments that nothing pending precedes."""
         self.outstanding.remove(one)
         one.state = None
+        self.retried += one.retried
         self.done_seconds += one.window.seconds
         self.waiting_segments.append((one.window.start, self.assembler.without_silence(segments)))
         first_pending = min((other.window.start for other in self.outstanding), default=len(self.waveform) + 1)
