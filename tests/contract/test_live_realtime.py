@@ -123,6 +123,45 @@ async def test_a_commit_ends_an_item_where_the_client_says_so(
     assert folded(" ".join(transcripts)) == JFK
 
 
+async def test_voice_detection_turned_on_ends_what_was_said_before(
+    server: RunningServer, speech: npt.NDArray[np.int16]
+) -> None:
+    """Its item stayed open, whatever silence came, took in what was said next, and stopped without having started."""
+    async with client(server) as openai, openai.realtime.connect(model="whisper-1") as connection:
+        await connection.session.update(session=session(turn_detection=None))
+        await append(connection, speech[: 24000 * 3])
+        said = ""
+        while folded(said) != "and so my fellow americans":
+            event = await asyncio.wait_for(connection.recv(), 30)
+            said += getattr(event, "delta", "")
+        await asyncio.sleep(1)  # the pause has settled all by then
+        await connection.session.update(session=session(turn_detection={"type": "server_vad"}))
+        kinds: list[str] = []
+        while not kinds or kinds[-1] != "completed":
+            event = await asyncio.wait_for(connection.recv(), 10)
+            kinds.append(event.type.rpartition(".")[2])
+    assert kinds[:4] == ["updated", "speech_started", "speech_stopped", "committed"]
+    assert event.transcript == said.strip()
+
+
+async def test_what_is_being_said_when_voice_detection_is_turned_on_ends_at_its_pause(
+    server: RunningServer, speech: npt.NDArray[np.int16]
+) -> None:
+    async with client(server) as openai, openai.realtime.connect(model="whisper-1") as connection:
+        await connection.session.update(session=session(turn_detection=None))
+        await append(connection, speech[:24000])
+        await connection.session.update(session=session(turn_detection={"type": "server_vad"}))
+        await append(connection, speech[24000 : 24000 * 3])
+        told = []
+        event = await connection.recv()
+        while event.type != "conversation.item.input_audio_transcription.completed":
+            event = await asyncio.wait_for(connection.recv(), 30)
+            if event.type.startswith("input_audio_buffer."):
+                told.append((event.type.rpartition(".")[2], event.item_id))
+    assert folded(event.transcript) == "and so my fellow americans"
+    assert told == [(kind, event.item_id) for kind in ("speech_started", "speech_stopped", "committed")]
+
+
 async def test_commits_in_a_row_are_each_answered(server: RunningServer, speech: npt.NDArray[np.int16]) -> None:
     """Nobody waits for the first answer, and each item holds what was said before its commit."""
     async with client(server) as openai, openai.realtime.connect(model="whisper-1") as connection:

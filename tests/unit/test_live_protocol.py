@@ -8,11 +8,13 @@ import json
 import urllib.error
 import urllib.request
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.unit.test_live_session import Stage, spoken
 from whisper_worker.audio.resample import Resampler
 from whisper_worker.doors.live_health import HealthServer, Vitals
 from whisper_worker.doors.live_realtime import Conversation, RealtimeConfig, _event, read_session
@@ -312,6 +314,72 @@ async def test_who_takes_no_answers_is_not_listened_to() -> None:
     conversation.close()
     await asyncio.wait_for(writing, 5)
     assert taken == len(wire.sent) == 1000
+
+
+def conversation_on(stage: Stage, **session: object) -> Conversation:
+    """A conversation about what the stage's session hears, without a connection."""
+    conversation = Conversation(Wire(), "base")  # type: ignore[arg-type]
+    stream = SimpleNamespace(session=stage.session, flush=stage.session.flush)
+    conversation.attach(stream, None)  # type: ignore[arg-type]
+    conversation._update(session)
+    return conversation
+
+
+def events_of(conversation: Conversation) -> list[dict[str, Any]]:
+    """What it has to tell so far, ``session.created`` left out."""
+    events = []
+    while not conversation._outgoing.empty():
+        events.append(conversation._outgoing.get_nowait() or {})
+    return [event for event in events if event["type"] != "session.created"]
+
+
+def test_a_commit_is_answered_though_somebody_speaks_on() -> None:
+    """It waited until what came behind it was settled too, and that was told as if it stood before the commit."""
+    stage = Stage([*spoken("one two three", 0.5), *spoken("word " * 40, 2.6)])
+    conversation = conversation_on(stage, turn_detection=None)
+    stage.session.feed(np.zeros(round(2.5 * 16000), dtype=np.int16))
+    conversation._commit()
+    stage.session.feed(np.zeros(16000, dtype=np.int16))
+    assert stage.step()
+    conversation.update(stage.completed)
+    kinds = [event["type"].rpartition(".")[2] for event in events_of(conversation)]
+    assert kinds == ["delta", "committed", "added", "completed"]
+
+
+def test_the_least_that_may_be_committed() -> None:
+    """A tenth of a second was too little at times, by the last bit of a float."""
+    stage = Stage([])
+    conversation = conversation_on(stage, turn_detection=None)
+    for _ in range(100):
+        stage.session.feed(np.zeros(1600, dtype=np.int16))
+        conversation._commit()
+        conversation.update(())
+    stage.session.feed(np.zeros(1599, dtype=np.int16))
+    with pytest.raises(InvalidInput):
+        conversation._commit()
+
+
+def test_silence_committed_before_speech_has_its_own_times() -> None:
+    stage = Stage(spoken("one two three", 1.5))
+    conversation = conversation_on(stage)
+    stage.session.feed(np.zeros(16000, dtype=np.int16))
+    conversation._commit()
+    stage.session.feed(np.zeros(16000, dtype=np.int16))
+    conversation.update(())
+    started, stopped = (events_of(conversation))[:2]
+    assert (started["audio_start_ms"], stopped["audio_end_ms"]) == (0, 1000)
+
+
+def test_a_noise_before_speech_makes_no_item() -> None:
+    """Where both were heard in one step, an empty item ended, before its beginning, while somebody spoke."""
+    stage = Stage([("", 0.5, 0.6), *spoken("word " * 10, 1.5)])
+    conversation = conversation_on(stage)
+    stage.session.feed(np.zeros(round(2.5 * 16000), dtype=np.int16))
+    assert stage.step()
+    conversation.update(stage.completed)
+    (started,) = events_of(conversation)
+    assert started["type"] == "input_audio_buffer.speech_started"
+    assert started["audio_start_ms"] == pytest.approx(1500, abs=40)
 
 
 # -- health ----------------------------------------------------------------------------------

@@ -65,6 +65,9 @@ class Conversation:
         self._commits: deque[float] = deque()
         """A client's commits that are not yet answered: the seconds up to which all must be settled."""
         self._item_start = 0.0
+        self._speech_start = 0.0
+        self._started = False
+        """The client was told that the item's speech had started: only where the server listens for it."""
         self._text = ""
         """Of the item's completed segments."""
         self._sent = ""
@@ -103,6 +106,8 @@ class Conversation:
         elif kind in ("session.update", "transcription_session.update"):
             self._update(event.get("session"))
             self._put(f"{str(kind).removesuffix('.update')}.updated", session=self._session())
+            # Voice detection turned on ends what was said and settled without it; no more sound need come.
+            self.update(())
         else:
             raise InvalidInput("This event is not known here; a transcription session takes audio and updates.")
 
@@ -123,7 +128,7 @@ class Conversation:
     def _commit(self) -> None:
         session = self._stream.session
         begun = self._commits[-1] if self._commits else self._item_start
-        if session.seconds - begun < _LEAST_COMMIT_SECONDS:
+        if round(session.seconds - begun, 6) < _LEAST_COMMIT_SECONDS:  # 0.3 - 0.2 is less than 0.1
             raise InvalidInput("There is less than 100 ms of sound to commit; append some first.")
         self._commits.append(session.seconds)
         self._stream.flush()
@@ -143,9 +148,11 @@ class Conversation:
     def update(self, completed: Sequence[Segment]) -> None:
         """Turn what is new in the session into events."""
         session = self._stream.session
-        paused = session.n_settles != self._n_settles
+        # A pause behind a noise without words ends no item: there is none yet.
+        paused = session.n_settles != self._n_settles and (self._item is not None or bool(completed))
         self._n_settles = session.n_settles
-        while self._commits and session.settled_seconds >= self._commits[0]:
+        # What is said behind a commit has no part in it, and may go on for long.
+        while self._commits and (session.speech is None or session.speech[0] >= self._commits[0]):
             at = self._commits.popleft()
             behind = [segment for segment in completed if segment.start + segment.end > 2 * at]
             self._tell([segment for segment in completed if segment not in behind])
@@ -154,7 +161,8 @@ class Conversation:
             completed, paused = behind, bool(behind)
         opened = session.open_segment
         self._tell(completed, "".join(word.word for word in opened.words[: opened.n_settled]) if opened else "")
-        if self._item is not None and not self._commits and self.config.server_vad and paused:
+        over = paused or session.speech is None
+        if self._item is not None and not self._commits and self.config.server_vad and over:
             self._end_item(session.settled_seconds)
 
     def _tell(self, completed: Sequence[Segment], settled: str | None = None) -> None:
@@ -162,7 +170,10 @@ class Conversation:
         self._text += "".join(segment.text for segment in completed)
         heard = self._stream.session.speech is not None or self._text or self._commits or settled is None
         if self._item is None and heard:
-            self._begin_item(completed)
+            self._begin_item(completed, over=settled is None)
+        if self._item is not None and self.config.server_vad and not self._started:
+            self._started, start = True, round(1000 * self._speech_start)
+            self._put("input_audio_buffer.speech_started", item_id=self._item, audio_start_ms=start)
         text = (self._text + (settled or "")).lstrip()
         if len(text) > len(self._sent):
             self._put(
@@ -189,17 +200,15 @@ class Conversation:
             self._deaf = True
             self._sent_one.set()
 
-    def _begin_item(self, completed: Sequence[Segment]) -> None:
-        """``completed``: what is in it already, where all of it came at once."""
+    def _begin_item(self, completed: Sequence[Segment], *, over: bool) -> None:
+        """``completed``: what is in it already, where all of it came at once. ``over``: speech is that of the next."""
         self._item = "item_" + uuid.uuid4().hex[:24]
-        speech = self._stream.session.speech
-        start = completed[0].start if completed else speech[0] if speech else self._item_start
-        if self.config.server_vad:
-            self._put("input_audio_buffer.speech_started", item_id=self._item, audio_start_ms=round(1000 * start))
+        speech = None if over else self._stream.session.speech
+        self._speech_start = completed[0].start if completed else speech[0] if speech else self._item_start
 
     def _end_item(self, end: float) -> None:
         item, previous = self._item, self._previous_item
-        if self.config.server_vad:
+        if self._started:
             self._put("input_audio_buffer.speech_stopped", item_id=item, audio_end_ms=round(1000 * end))
         self._put("input_audio_buffer.committed", item_id=item, previous_item_id=previous)
         content = [{"type": "input_audio", "transcript": None}]
@@ -213,7 +222,7 @@ class Conversation:
             usage={"type": "duration", "seconds": round(end - self._item_start, 3)},
         )
         self._previous_item, self._item = item, None
-        self._item_start, self._text, self._sent = end, "", ""
+        self._item_start, self._started, self._text, self._sent = end, False, "", ""
 
     def _session(self) -> dict[str, Any]:
         config, options = self.config, self.config.options
