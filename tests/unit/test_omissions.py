@@ -33,7 +33,7 @@ def test_a_window_is_cut_around_what_may_be_said_twice() -> None:
     window = Window(160_000, 384_000)
     sure = Spans([(10.5, 14.5), (15.0, 19.0), (19.4, 23.4)])
     pieces = [Piece(0.4, 9.2, ()), Piece(9.2, 13.6, ())]
-    hearing = omissions.again(window, pieces, [SENTENCE, SENTENCE], sure)
+    hearing = omissions.again(window, 14.0, pieces, [SENTENCE, SENTENCE], sure)
     assert hearing is not None
     bounds = [(part.start / 16_000, part.stop / 16_000) for part in hearing.parts]
     assert bounds == [(10.0, 14.75), (14.75, 19.2), (19.2, 24.0)]
@@ -42,9 +42,9 @@ def test_a_window_is_cut_around_what_may_be_said_twice() -> None:
 
 def test_a_window_with_text_enough_is_left_alone() -> None:
     sure = Spans([(0.5, 4.5), (5.0, 9.0)])
-    assert omissions.again(Window(0, 160_000), [Piece(0.4, 9.2, ())], [2 * SENTENCE], sure) is None
+    assert omissions.again(Window(0, 160_000), 10.0, [Piece(0.4, 9.2, ())], [2 * SENTENCE], sure) is None
     unbroken = Spans([(0.5, 9.0)])
-    assert omissions.again(Window(0, 160_000), [Piece(0.4, 9.2, ())], [SENTENCE], unbroken) is None
+    assert omissions.again(Window(0, 160_000), 10.0, [Piece(0.4, 9.2, ())], [SENTENCE], unbroken) is None
 
 
 def test_each_edge_is_one_cut_and_the_sparsest_piece_is_the_one() -> None:
@@ -52,13 +52,13 @@ def test_each_edge_is_one_cut_and_the_sparsest_piece_is_the_one() -> None:
     sure = Spans([(0.5, 3.5), (4.0, 7.0), (8.0, 12.0), (12.5, 16.5), (16.7, 17.0), (17.2, 21.0)])
     pieces = [Piece(0.4, 7.5, ()), Piece(7.5, 16.6, ()), Piece(17.1, 21.2, ())]
     texts = [SENTENCE, SENTENCE, SENTENCE]
-    hearing = omissions.again(Window(0, 340_800), pieces, texts, sure)
+    hearing = omissions.again(Window(0, 340_800), 21.3, pieces, texts, sure)
     assert hearing is not None
     assert [part.stop / 16_000 for part in hearing.parts] == [7.3, 12.25, 16.6, 21.3]
 
 
 def test_a_few_letters_are_no_more_text() -> None:
     sure = Spans([(0.5, 4.5), (5.0, 9.0)])
-    hearing = omissions.again(Window(0, 160_000), [Piece(0.4, 9.2, ())], [" No."], sure)
+    hearing = omissions.again(Window(0, 160_000), 10.0, [Piece(0.4, 9.2, ())], [" No."], sure)
     assert hearing is not None
     assert hearing.least_letters == 10

@@ -596,8 +596,8 @@ def test_a_lost_trial_is_soon_over(run: Callable[..., PipelineResult], english: 
 
     recognizer = Scripted(english, script)
     result = run(recognizer, Detector((0.0, 4.0), (4.6, 8.6)), 10.0, PLAIN)
-    assert len(recognizer.rows) <= 5
-    assert {options.temperature for options in recognizer.steps} == {0.0}
+    assert len(recognizer.rows) <= 1 + 2 * 4
+    assert max(options.temperature for options in recognizer.steps) < 0.5
     assert (result.windows, result.retried_windows) == (1, 0)
 
 

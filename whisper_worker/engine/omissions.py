@@ -17,6 +17,8 @@ from whisper_worker.types import SAMPLE_RATE
 _LEAST_LETTERS_PER_SECOND = 9.0
 """Text that has fewer for a second of speech may leave some of it out. Of 800 pieces of read speech and prompts in
 eight languages about one in a hundred had; of 58 sentences that were said twice and written once, 57."""
+_LETTERS_PER_SECOND = 15.0
+"""Of fluent speech."""
 _LEAST_SPARSE_SECONDS = 2.5
 """Speech too short to tell a slow voice from a lost word."""
 
@@ -43,9 +45,10 @@ class Hearing:
     """What the parts' text must come to, or the window's stands."""
 
 
-def again(window: Window, pieces: Sequence[Piece], texts: Sequence[str], sure: Spans) -> Hearing | None:
+def again(window: Window, read: float, pieces: Sequence[Piece], texts: Sequence[str], sure: Spans) -> Hearing | None:
     """How to hear a window again of which a piece has less text than its speech calls for, if one has.
 
+    ``read``: seconds of the window up to where its text ends; what the parts may say of the rest is no gain.
     ``texts`` are those of the pieces; ``sure`` is the recording's detected speech, in its seconds. Of several such
     pieces the sparsest counts. The window is cut in its longest pause and, so that no part holds a repetition
     again, in those where it begins and ends.
@@ -67,7 +70,8 @@ def again(window: Window, pieces: Sequence[Piece], texts: Sequence[str], sure: S
         cuts.update(sorted(near, key=lambda pause: _distance(pause, edge))[:1])
     pauses = [(round(low * SAMPLE_RATE), round(high * SAMPLE_RATE)) for low, high in sorted(cuts)]
     more = max(_LEAST_MORE_LETTERS, _MORE_LETTERS * density * sure.seconds(start, end))
-    return Hearing(tuple(cut_at(window, pauses)), sum(map(letters, texts)) + more)
+    unread = _LETTERS_PER_SECOND * sure.seconds(offset + read, window.stop / SAMPLE_RATE)
+    return Hearing(tuple(cut_at(window, pauses)), sum(map(letters, texts)) + more + unread)
 
 
 def _distance(pause: tuple[float, float], at: float) -> float:

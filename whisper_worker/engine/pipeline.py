@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +56,8 @@ begun and not finished, and after one that it closed (its closing time may be a 
 _SHORT_REST_SECONDS = 2.0
 """Speech in a rest below which its text must be surer than usual."""
 
-_PART_ATTEMPTS = 2
-"""Searches of a part of a window; what it takes a temperature to say replaces nothing."""
+_PART_ATTEMPTS = 4
+"""Of a part of a window; what it takes a high temperature to say replaces nothing."""
 
 _DOUBTS = frozenset({"low_logprob", "loop", "prompt_echo"})
 """Flags of text that does not replace another."""
@@ -428,8 +428,7 @@ class _Run:
         self._settle(one)
 
     def _most_attempts(self, one: _Pending) -> int:
-        """A part that is still unsure after its second search replaces nothing, nor does any once one of them has
-        lost."""
+        """A part that stays unsure replaces nothing, nor does any once one of them has lost."""
         trial = self.trials.get(one)
         if trial is None:
             return len(self.attempts)
@@ -454,9 +453,7 @@ class _Run:
         if self.options.condition_on_previous_text:
             hot = decoded.attempt.result.temperature > 0.5
             self.told.append((decoded.window.start, None if hot else tokens))
-        rest = self._add_rest(one, decoded)
-        if rest is not None:
-            self._submit(rest, next_up=True)
+        self._queue_rest(one, decoded)
         if self.options.word_timestamps and tokens:
             aligned = self._work(one, DecodingOptions(task=self.options.task), tokens)
             self.job.submit(aligned)
@@ -466,10 +463,8 @@ class _Run:
     # -- what may have been left out -------------------------------------------------------
 
     def _try_parts(self, one: _Pending, decoded: Decoded) -> bool:
-        """Have a window whose text may have left something out decoded in parts, up to where it was read."""
-        rest = self._rest(decoded)
-        read = replace(one.window, stop=rest.start) if rest else one.window
-        hearing = omissions.again(read, decoded.pieces, self._texts(decoded), self.sure)
+        """Have a window whose text may have left something out decoded in parts."""
+        hearing = omissions.again(one.window, decoded.read, decoded.pieces, self._texts(decoded), self.sure)
         if hearing is None:
             return False
         parts = tuple(_Pending(part, one.language, with_prompt=one.with_prompt) for part in hearing.parts)
@@ -488,15 +483,12 @@ class _Run:
                 self.outstanding.remove(part)
             self._keep(trial.pending, trial.whole)
             return
-        rest = self._add_rest(trial.pending, trial.whole)  # first, or what lies behind it would be told before it
         self.outstanding.remove(trial.pending)
         self.n_windows += len(found) - 1
         self.total_seconds += sum(part.window.seconds for part, _ in found) - trial.pending.window.seconds
         for part, decoded in found:
             if not self._try_parts(part, decoded):
                 self._keep(part, decoded)
-        if rest is not None:
-            self._submit(rest, next_up=True)
 
     def _texts(self, decoded: Decoded) -> list[str]:
         return [self.tokenizer.decode(piece.tokens) for piece in decoded.pieces]
@@ -525,30 +517,25 @@ class _Run:
         pieces, read = cut_pieces(kept.result.tokens, self.tokenizer, seconds)
         return [piece for piece in pieces if self.tokenizer.decode(piece.tokens).strip()], read
 
-    def _rest(self, decoded: Decoded) -> Window | None:
-        """What lies behind a window's last timestamp, if there is speech in it."""
-        window, tokens = decoded.window, decoded.attempt.result.tokens
+    def _queue_rest(self, one: _Pending, decoded: Decoded) -> None:
+        """Decode again what lies behind the last timestamp, if there is speech in it."""
+        window, tokens = one.window, decoded.attempt.result.tokens
         at, end = window.start / SAMPLE_RATE + decoded.read, window.stop / SAMPLE_RATE
         unfinished = tokens and not (len(tokens) > 1 and tokens[-1] >= self.tokenizer.timestamp_begin > tokens[-2])
         speech = self.sure.seconds(at, end)
         first = self.sure.after(at)
         if decoded.read <= 0 or not decoded.pieces or first is None or speech < _REST_SECONDS[0 if unfinished else 1]:
-            return None
+            return
         start = round(max(at, first - PAD_SECONDS) * SAMPLE_RATE)
         # The model saw the end of a short rest and said nothing: what it says now must be all the surer.
         rest = Window(start - start % 160, window.stop, window.doubtful or speech < _SHORT_REST_SECONDS)
-        return rest if rest.start > window.start else None
-
-    def _add_rest(self, one: _Pending, decoded: Decoded) -> _Pending | None:
-        """Book the rest of a window as outstanding, if there is one."""
-        rest = self._rest(decoded)
-        if rest is None:
-            return None
+        if rest.start <= window.start:
+            return
         again = _Pending(rest, one.language, with_prompt=one.with_prompt)
         self.n_windows += 1
         self.total_seconds += rest.seconds
         self.outstanding.append(again)
-        return again
+        self._submit(again, next_up=True)
 
     def _sure_seconds(self, window: Window) -> float:
         return self.sure.seconds(window.start / SAMPLE_RATE, window.stop / SAMPLE_RATE)
