@@ -17,13 +17,14 @@ from whisper_worker.types import SAMPLE_RATE
 _LEAST_LETTERS_PER_SECOND = 9.0
 """Text that has fewer for a second of speech may leave some of it out. Of 800 pieces of read speech and prompts in
 eight languages about one in a hundred had; of 58 sentences that were said twice and written once, 57."""
-_LETTERS_PER_SECOND = 15.0
-"""Of fluent speech."""
+_LETTERS_PER_SECOND = 12.0
+"""Of plain speech, at least."""
 _LEAST_SPARSE_SECONDS = 2.5
 """Speech too short to tell a slow voice from a lost word."""
 
-_MORE_LETTERS = 0.5
-"""Share of a piece's letters by which its window's text must grow for the parts to be believed."""
+_MORE_LETTERS = 0.4
+"""Share of a piece's letters by which its window's text must grow for the parts to be believed: of a sentence that
+was said three times and written twice, half of the piece is missing."""
 _LEAST_MORE_LETTERS = 8.0
 """Less than this may be another spelling."""
 
